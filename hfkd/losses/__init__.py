@@ -1,1 +1,1 @@
-
+"""Losses: pure functions on tensors, one file per method."""

@@ -1,0 +1,390 @@
+"""The base of every method's Trainer: several networks, several optimizers, data as a function of its keys."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
+
+from hfkd.data import (
+    Augmentation,
+    ImageSource,
+    KeyedSampler,
+    Preprocessing,
+    collate,
+    find_columns,
+    make_source,
+    set_sampler_epoch,
+)
+from hfkd.errors import InputError, RunError
+
+from .checkpointing import Checkpointing, newest_valid_checkpoint
+from .config import DistillationConfig
+from .distributed import all_ranks, check_same_parameters, world_size
+from .interrupt import StopOnSignal, TrainingInterrupted
+from .networks import TrainingNetworks
+from .optimizers import NamedOptimizers, NamedSchedules
+from .publishing import Publishing
+
+
+class DistillationTrainer(Publishing, Checkpointing, Trainer):
+    """What every method needs, once.
+
+    A method subclasses this with its facts (`_name`, `_paper`, `_tag_names`, `_template_file`) and four functions:
+    `build_optimizers`, `build_schedules`, `method_step` and `evaluation_step`/`evaluation_metrics`.
+
+    Every random draw on data is a function of (seed, epoch, sample index, view), so a resumed run, more workers,
+    smaller micro-batches or more ranks see the same images. The loss of an update is the mean over its images: each
+    micro-batch counts by its share of them.
+
+    Args:
+        networks: the students, the training-only modules and the teachers.
+        args: the method's Config.
+        train_dataset: an `ImageSource`, or a `datasets.Dataset` with an image column.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the stock image processor that is saved beside the students and gives size, mean and
+            standard deviation.
+        augmentation: of the training images; none by default.
+        callbacks: as in `transformers.Trainer`.
+
+    Raises:
+        InputError: for anything that can be found wrong before the first step.
+    """
+
+    _name: ClassVar[str]
+    _paper: ClassVar[Mapping[str, str]]
+    _tag_names: ClassVar[Sequence[str]]
+    _template_file: ClassVar[str]
+    # The losses are weighted by each micro-batch's share of the update's images.
+    loss_is_scaled_for_ga = True
+    views: ClassVar[int] = 1
+
+    args: DistillationConfig
+    optimizer: NamedOptimizers
+    lr_scheduler: NamedSchedules
+
+    def __init__(
+        self,
+        networks: TrainingNetworks,
+        args: DistillationConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        augmentation: Augmentation | None = None,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        self._check_distribution(args)
+        self.data_seed = args.seed if args.data_seed is None else args.data_seed
+        if processing_class is None and isinstance(train_dataset, ImageSource):
+            processing_class = train_dataset.preprocessing.to_image_processor()
+        # Trainer's __init__ sets these too, but the datasets are decoded before it starts.
+        self.processing_class, self.model = processing_class, networks
+        self._stop = StopOnSignal()
+        super().__init__(
+            model=networks,
+            args=args,
+            train_dataset=None if train_dataset is None else self._image_source(train_dataset, augmentation),
+            eval_dataset=self._eval_sources(eval_dataset),
+            processing_class=processing_class,
+            data_collator=collate,
+            callbacks=[self._stop, *(callbacks or [])],
+        )
+        if args.channels_last:
+            networks.to(memory_format=torch.channels_last)
+        self._reset_accumulators()
+
+    @staticmethod
+    def _check_distribution(args: DistillationConfig) -> None:
+        if args.sync_batchnorm and args.device.type != "cuda":
+            raise InputError("sync_batchnorm=True needs CUDA: leave it out, batch norm is then per rank")
+        if args.n_gpu > 1:
+            raise InputError(f"{args.n_gpu} GPUs in one process are not supported: launch with torchrun, a process each")
+
+    # -- what a method defines -----------------------------------------------------------------------------------
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Named optimizers over explicit parameter groups, the students' main one first, in stepping order."""
+        raise NotImplementedError
+
+    def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
+        """One schedule for each named optimizer."""
+        raise NotImplementedError
+
+    def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate the gradients of one micro-batch into `self.optimizer`.
+
+        Args:
+            batch: `pixel_values` (N, C, H, W), `labels`, `index`.
+            share: this micro-batch's share of the update's images, in (0, 1].
+            last: whether it is the update's last, after which all optimizers step.
+
+        Returns:
+            The total loss and its parts, all 0-dim means over the micro-batch, detached.
+        """
+        raise NotImplementedError
+
+    def evaluation_step(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (N, S, K) of the S students on a batch; called in eval mode and without gradients."""
+        raise NotImplementedError
+
+    def evaluation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Metrics, without prefix, of all logits (N, S, K) and labels (N, ...) of a split, on the CPU."""
+        raise NotImplementedError
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def _image_source(self, dataset: Any, augmentation: Augmentation | None = None) -> ImageSource:
+        """An image source that draws by this run's seed; a `datasets.Dataset` is decoded as the processor says."""
+        if isinstance(dataset, ImageSource):
+            return dataset.variant(seed=self.data_seed, views=self.views)
+        if self.processing_class is None:
+            raise InputError("processing_class=None: a datasets.Dataset needs an image processor to be decoded")
+        channels = getattr(self.model.config, "num_channels", 3)
+        preprocessing = Preprocessing.from_image_processor(self.processing_class, num_channels=channels)
+        columns = find_columns(dataset.features)
+        return make_source(
+            dataset, columns, preprocessing, augmentation=augmentation, seed=self.data_seed, views=self.views
+        )
+
+    def _eval_sources(self, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._image_source(part) for name, part in dataset.items()}
+        return None if dataset is None else self._image_source(dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is None:
+            raise InputError("train_dataset=None: training needs a dataset")
+        return self._loader(self.train_dataset, self._train_batch_size, train=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise InputError("eval_dataset=None: evaluation needs a dataset")
+        return self._loader(self._image_source(dataset), self.args.eval_batch_size, train=False)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _loader(self, source: ImageSource, batch_size: int, *, train: bool) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            source,
+            batch_size=batch_size,
+            sampler=KeyedSampler(len(source), seed=self.data_seed, shuffle=train),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            drop_last=train and self.args.dataloader_drop_last,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _materialise(self, source: ImageSource, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Small images are gathered and augmented here, on the device and as one batch."""
+        parameter = next(self.model.students.parameters())
+        batch = source.materialise(inputs, device=parameter.device, dtype=parameter.dtype)
+        if self.args.channels_last:
+            for name in ("pixel_values", "pixel_values_2"):
+                if name in batch:
+                    batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
+        return batch
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 for forward passes where `bf16=True`; backward passes and losses stay outside."""
+        return self.accelerator.autocast()
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or go on with a checkpoint (True: the newest valid one in `output_dir`), exactly as if never stopped.
+
+        Raises:
+            InputError: before the first step; nothing has been overwritten.
+            TrainingInterrupted: after SIGINT or SIGTERM, with everything saved.
+            RunError: on NaN, ranks that drift apart, a full disk: the last checkpoint is kept.
+        """
+        output_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_valid_checkpoint(output_dir))
+        elif not resume_from_checkpoint and (found := sort_checkpoints(output_dir=str(output_dir))):
+            raise InputError(
+                f"output_dir={output_dir} holds another run's {Path(found[-1]).name}: go on with it by "
+                "--resume_from_checkpoint true, or choose an empty folder"
+            )
+        self._reset_accumulators()
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._stop.restore()
+        if self._stop.received is not None:
+            raise TrainingInterrupted(self._stop.received, str(output_dir / f"checkpoint-{self.state.global_step}"))
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        optimizers = self.build_optimizers()
+        self.optimizer = NamedOptimizers(optimizers, self.args.max_grad_norm)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = NamedSchedules(self.build_schedules(self.optimizer.optimizers, num_training_steps))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
+        """Trainer's own version wraps the model in DDP, which several losses on one graph cannot use."""
+        if self.args.sync_batchnorm and world_size() > 1:
+            self.model.students = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.students)
+        self.create_optimizer()
+        self.create_scheduler(max_steps)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # accelerate's own set_epoch does not reach a sampler below the wrappers of a resumed multi-process loader.
+        set_sampler_epoch(kwargs["train_dataloader"], kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int:
+        """Images of the update on this rank: what each micro-batch's share is a share of."""
+        return sum(len(batch.get("key", ())) for batch in batch_samples)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        batch = self._materialise(self.train_dataset, inputs)
+        share = len(inputs["key"]) / num_items_in_batch
+        loss, parts = self.method_step(batch, share, last=self.accelerator.sync_gradients)
+        self._finite &= torch.isfinite(loss)
+        if not self._parts:
+            self._parts_since = self.state.global_step
+        for name, value in parts.items():
+            self._parts[name] = self._parts[name] + share * value if name in self._parts else share * value
+        return share * loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        self.optimizer.reduce_and_clip()
+        return self.optimizer.gradient_norms[self._main_optimizer]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer skips `_clip_grad_norm` when max_grad_norm is 0, but gradients are averaged over the ranks there.
+        grad_norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        if self.state.global_step == 0:
+            check_same_parameters(self.model, step=0)
+        return grad_norm
+
+    @property
+    def _main_optimizer(self) -> str:
+        return next(iter(self.optimizer.optimizers))
+
+    # -- logging, and NaN ------------------------------------------------------------------------------------------
+
+    def _reset_accumulators(self) -> None:
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = self.state.global_step
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_evaluate:
+            self.check_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            logs.update(self._drain_parts())
+            rates = self.lr_scheduler.learning_rates()
+            norms = self.optimizer.gradient_norms
+            for name in list(self.optimizer.optimizers)[1:]:
+                logs[f"learning_rate_{name}"] = rates[name]
+                if name in norms:
+                    logs[f"grad_norm_{name}"] = float(norms[name])
+        super().log(logs, start_time)
+
+    def _drain_parts(self) -> dict[str, float]:
+        """Mean of each part of the loss over the updates since the last log, and over the ranks."""
+        if not self._parts:
+            return {}
+        updates = max(self.state.global_step - self._parts_since, 1)
+        values = torch.stack([value.float() for value in self._parts.values()]) / updates
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        parts = dict(zip(self._parts, values.tolist(), strict=True))
+        self._parts = {}
+        return parts
+
+    def check_finite(self) -> None:
+        """Stop on a NaN or infinite loss, on all ranks; called at logging steps, evaluations and before every save.
+
+        Raises:
+            RunError: with the step and the parts of the loss.
+        """
+        if not all_ranks(self._finite):
+            parts = ", ".join(f"{name}={value:.4g}" for name, value in self._drain_parts().items())
+            raise RunError(
+                f"the loss is not finite by step {self.state.global_step} ({parts}): lower the learning rate, "
+                f"then resume with --resume_from_checkpoint true if {self.args.output_dir} holds a checkpoint"
+            )
+        if self.control.should_save:
+            self.check_weights_finite()
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Logits of all students over a split, then the method's metrics; `predictions` are student 0's logits."""
+        was_training = self.model.training
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        self.start_evaluation()
+        logits, labels = [], []
+        with torch.no_grad():
+            for inputs in dataloader:
+                batch = self._materialise(dataloader.dataset, inputs)
+                if "labels" not in batch:
+                    raise InputError("the evaluation split has no labels: choose a labelled one")
+                with self.autocast():
+                    outputs = self.evaluation_step(batch)
+                gathered = self.accelerator.gather_for_metrics((outputs.to(torch.float32), batch["labels"]))
+                logits.append(gathered[0].cpu())
+                labels.append(gathered[1].cpu())
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            all_logits, all_labels = torch.cat(logits), torch.cat(labels)
+            metrics = self.evaluation_metrics(all_logits, all_labels)
+        self.model.train(was_training)
+        return EvalLoopOutput(
+            predictions=all_logits[:, 0].numpy(),
+            label_ids=all_labels.numpy(),
+            metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
+            num_samples=len(all_labels),
+        )
+
+    def start_evaluation(self) -> None:
+        """Called before the first batch of each evaluation, to reset what a method accumulates over batches."""
+
+
+def image_size(dataset: Any, processing_class: Any, config: Any) -> int:
+    """Side in pixels of the images that a run will see: its data's, its processor's, or what the student expects."""
+    if isinstance(dataset, ImageSource):
+        return dataset.preprocessing.image_size
+    if processing_class is not None:
+        return Preprocessing.from_image_processor(processing_class).image_size
+    return int(getattr(config, "image_size", None) or 224)

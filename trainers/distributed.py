@@ -1,0 +1,83 @@
+"""What several ranks must agree on: gradients, finiteness, buffers, and the very same parameters.
+
+Trainable modules are not wrapped in DistributedDataParallel: `torch.autograd.grad`, which methods with several losses
+on one graph need, silently skips its all-reduce.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hfkd.errors import RunError
+
+
+BUCKET_BYTES = 25 * 2**20  # a size that keeps a collective busy and its copy small
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def average_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each gradient over the ranks, reduced in buckets."""
+    if world_size() == 1:
+        return list(gradients)
+    averaged: list[Tensor] = []
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        averaged += [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)]
+    return averaged
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+    if bucket:
+        yield bucket
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, as a checkpoint holds those: going on then equals resuming."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def all_ranks(flag: Tensor) -> bool:
+    """True where the 0-dim boolean `flag` is True on every rank."""
+    value = flag.to(torch.int32).clone()
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value.item())
+
+
+def check_same_parameters(module: nn.Module, step: int) -> None:
+    """Compare a hash of all trainable parameters across the ranks.
+
+    Raises:
+        RunError: when ranks have drifted apart.
+    """
+    if world_size() == 1:
+        return
+    # Weighted by position, so that tensors whose values merely changed places differ too.
+    parts = [p.detach().double().reshape(-1) for p in module.parameters() if p.requires_grad]
+    digest = torch.stack([(p * torch.arange(1, p.numel() + 1, device=p.device)).sum() for p in parts])
+    low, high = digest.clone(), digest.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    if not torch.equal(low, high):
+        raise RunError(
+            f"step {step}: the ranks' parameters differ, so their gradients were not averaged alike; "
+            "use one batch size on all ranks and report this if it persists"
+        )

@@ -1,0 +1,91 @@
+"""The networks of a run in one module: students, training-only modules, and frozen teachers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher: in no optimizer, pinned to `eval()` also under `.train()`, and always run without gradients.
+
+    It re-normalises its input where its statistics differ from the student's, the most common silent error of
+    distillation code.
+
+    Args:
+        model: any model.
+        renormalize: maps the students' pixel values to the teacher's; None where they agree.
+    """
+
+    def __init__(self, model: nn.Module, renormalize: "Renormalize | None" = None) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.renormalize = renormalize or nn.Identity()
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        return super().train(False)
+
+    # Not inference_mode: its tensors could not enter a trainable layer.
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        return self.model(self.renormalize(pixel_values), **kwargs)
+
+
+class Renormalize(nn.Module):
+    """From pixel values normalised with one mean and standard deviation to those of another.
+
+    Args:
+        mean, std: per channel, of the values that come in.
+        new_mean, new_std: per channel, of the values that go out.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], new_mean: Sequence[float], new_std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        old_mean, old_std, mean_, std_ = (
+            torch.tensor(x, dtype=torch.float64).view(1, -1, 1, 1) for x in (mean, std, new_mean, new_std)
+        )
+        self.register_buffer("scale", (old_std / std_).float())
+        self.register_buffer("shift", ((old_mean - mean_) / std_).float())
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
+
+
+class TrainingNetworks(nn.Module):
+    """What Trainer moves, trains and calls "the model".
+
+    Args:
+        students: the networks to be saved, student 0 first.
+        training_only: modules beside the students, never in them: discriminators, transfer layers, projectors.
+        teachers: frozen networks; never saved.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[PreTrainedModel],
+        training_only: Mapping[str, nn.Module] | None = None,
+        teachers: Sequence[FrozenTeacher] = (),
+    ) -> None:
+        super().__init__()
+        self.students = nn.ModuleList(students)
+        self.training_only = nn.ModuleDict(dict(training_only or {}))
+        self.teachers = nn.ModuleList(teachers)
+
+    # Trainer reads these two of its model.
+    accepts_loss_kwargs = False
+
+    @property
+    def config(self) -> Any:
+        return self.students[0].config
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Student 0's forward: what the run's model predicts."""
+        return self.students[0](pixel_values, **kwargs)

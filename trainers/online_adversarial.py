@@ -1,0 +1,563 @@
+"""AFD: feature-map-level online adversarial knowledge distillation (Chung et al., ICML 2020, arXiv 2002.01775).
+
+K networks Theta_k = C_k o G_k see one mini-batch. Each learns from the previous one in a cycle (for K = 2 the two
+teach each other): its logits by CE + T^2 KL with SGD, its feature map by fooling a discriminator D_k with Adam at a
+far smaller learning rate. One forward pass per network and mini-batch serves both.
+
+The paper's symbols: F_k = G_k(x) the feature map, T_k the transfer layer, f_k = T_k(F_k), z_k the logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hfkd.data import Augmentation
+from hfkd.errors import InputError
+from hfkd.evaluation.cohort import cohort_metrics
+from hfkd.evaluation.similarity import FeatureMapSimilarity, discriminator_accuracy
+from hfkd.losses.online_adversarial import (
+    GAN_LOSSES,
+    alignment_loss,
+    discriminator_loss,
+    distillation_kl,
+    generator_loss,
+    kl_rampup,
+    previous,
+    undecided_score,
+)
+from hfkd.models import ClassifierAdapter, ClassifierFeatures
+from hfkd.models.feature_discriminator import FeatureDiscriminator, TransferLayer
+
+from .base import DistillationTrainer, image_size
+from .config import DistillationConfig, check_choice, check_milestones, check_range
+from .networks import FrozenTeacher, TrainingNetworks
+from .optimizers import milestone_schedule
+
+
+@dataclass
+class OnlineAdversarialConfig(DistillationConfig):
+    """Settings of AFD. The defaults are the paper's for CIFAR-100, or inferred where it is silent (each help says so).
+
+    The comparison arms are settings: vanilla (`kl_weight=0, feature_loss=none`), logit only (`feature_loss=none`,
+    which is DML with a temperature), adversarial only (`kl_weight=0`), L1 + KD (`feature_loss=l1`), and the control
+    whose Adam only shrinks weights (`feature_loss_weight=0`).
+    """
+
+    num_train_epochs: float = field(default=300.0, metadata={"help": "Epochs (paper: 300)."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device (paper: 128)."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Of SGD on the logit loss (paper: 0.1)."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Of SGD, on all parameters (paper: 1e-4)."})
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [0.5, 0.75],
+        metadata={"help": "Fractions of the run at which SGD's rate falls (paper: epochs 150 and 225 of 300)."},
+    )
+
+    temperature: float = field(default=3.0, metadata={"help": "T of the KL term, > 0 (inferred: 3)."})
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of T^2 KL (paper: 1); 0: cross-entropy alone."})
+    kl_rampup_epochs: float = field(default=0.0, metadata={"help": "Epochs of KL ramp-up (inferred: 0, none)."})
+    logit_source: str = field(
+        default="cycle", metadata={"help": "Whose logits teach: cycle (the paper's figure), or all peers' mean."}
+    )
+
+    feature_loss: str = field(
+        default="adversarial", metadata={"help": "On the feature maps: adversarial, l1, l2 (alignment) or none."}
+    )
+    feature_loss_weight: float = field(
+        default=1.0, metadata={"help": "Its weight (paper: 1); 0 leaves Adam's weight decay alone: a control."}
+    )
+    feature_optimizer: str = field(
+        default="adam",
+        metadata={"help": "adam (weight decay coupled, the literal reading), adamw, or main: alignment joins SGD."},
+    )
+    feature_learning_rate: float = field(default=2e-5, metadata={"help": "Of Adam on feature extractors (paper)."})
+    feature_weight_decay: float = field(default=0.1, metadata={"help": "Of both Adams (paper: 0.1)."})
+    feature_lr_milestones: list[float] = field(
+        default_factory=lambda: [0.25, 0.5],
+        metadata={"help": "Fractions of the run at which both Adams' rates fall (paper: epochs 75 and 150 of 300)."},
+    )
+    feature_start_epoch: float = field(default=0.0, metadata={"help": "Epoch the map losses start at (inferred: 0)."})
+    feature_normalize: bool = field(
+        default=False, metadata={"help": "Divide each map by its l2 norm before alignment (inferred: no)."}
+    )
+    feature_tap: str = field(
+        default="post_activation", metadata={"help": "The map: post_activation or pre_activation of the last block."}
+    )
+
+    gan_loss: str = field(default="lsgan_sigmoid", metadata={"help": f"One of {', '.join(GAN_LOSSES)} (paper: first)."})
+    discriminator_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of Adam on the discriminators; None: feature_learning_rate (paper: the same)."}
+    )
+    discriminator_norm: str = field(
+        default="batch", metadata={"help": "In the discriminators: batch, instance or none (inferred: batch)."}
+    )
+    discriminator_batch: str = field(
+        default="separate", metadata={"help": "Real and fake maps pass D separate or joint (inferred: separate)."}
+    )
+    discriminator_channels: int | None = field(default=None, metadata={"help": "Hidden width of D; None: the maps'."})
+    discriminator_layers: int = field(default=2, metadata={"help": "Convolutions of D, >= 1 (inferred: 2)."})
+    discriminator_patch: bool = field(default=False, metadata={"help": "D scores positions instead of maps."})
+    discriminator_spectral_norm: bool = field(default=False, metadata={"help": "Spectral norm in D."})
+    transfer_channels: str = field(
+        default="min", metadata={"help": "Common width of unequal maps: min, max or a number (inferred: min)."}
+    )
+    transfer_activation: str = field(default="relu", metadata={"help": "After a transfer layer: relu or none."})
+    transfer_always: bool = field(default=False, metadata={"help": "Transfer layers where channels agree, too."})
+    update_order: str = field(
+        default="discriminator_first", metadata={"help": "discriminator_first (inferred) or generator_first."}
+    )
+    update_mode: str = field(
+        default="single_forward",
+        metadata={"help": "single_forward (the paper's one inference), or recompute: maps again after the SGD step."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise InputError(f"temperature={self.temperature} is out of range: it must be above 0")
+        for name in ("kl_weight", "kl_rampup_epochs", "feature_loss_weight", "feature_learning_rate"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("feature_weight_decay", "feature_start_epoch"):
+            check_range(name, getattr(self, name), 0)
+        check_range("discriminator_layers", self.discriminator_layers, 1)
+        if self.discriminator_learning_rate is not None:
+            check_range("discriminator_learning_rate", self.discriminator_learning_rate, 0)
+        check_milestones("feature_lr_milestones", self.feature_lr_milestones)
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        if self.transfer_channels not in ("min", "max") and not self.transfer_channels.isdigit():
+            raise InputError(f"transfer_channels={self.transfer_channels!r}: choose min, max or a number of channels")
+        if self.feature_optimizer == "main" and self.feature_loss not in ("l1", "l2"):
+            raise InputError(
+                f"feature_optimizer=main joins an alignment loss to the logit loss, but feature_loss={self.feature_loss}: "
+                "choose l1 or l2, or feature_optimizer=adam"
+            )
+
+
+_CHOICES = {
+    "logit_source": ("cycle", "all"),
+    "feature_loss": ("adversarial", "l1", "l2", "none"),
+    "feature_optimizer": ("adam", "adamw", "main"),
+    "feature_tap": ("post_activation", "pre_activation"),
+    "gan_loss": GAN_LOSSES,
+    "discriminator_norm": ("batch", "instance", "none"),
+    "discriminator_batch": ("separate", "joint"),
+    "transfer_activation": ("relu", "none"),
+    "update_order": ("discriminator_first", "generator_first"),
+    "update_mode": ("single_forward", "recompute"),
+}
+
+
+class OnlineAdversarialTrainer(DistillationTrainer):
+    """Trains a cohort of students that teach each other logits and the distribution of feature maps.
+
+    Args:
+        students: K >= 2 image classifiers of equal or different architecture, in the order of the cycle: the first
+            teaches the second, ..., the last teaches the first. K >= 1 with a teacher.
+        args: the settings.
+        train_dataset, eval_dataset, processing_class, augmentation, callbacks: as in `DistillationTrainer`.
+        teacher: offline variant: a trained classifier, frozen, that every student learns from instead of its peers.
+
+    Raises:
+        InputError: for students that do not fit each other, the teacher or the data.
+
+    Example:
+        >>> students = [build_student("resnet20", class_names=names, image_size=32, seed=s) for s in (0, 1)]
+        >>> trainer = OnlineAdversarialTrainer(students, args=OnlineAdversarialConfig("runs"), train_dataset=train)
+        >>> trainer.train()
+    """
+
+    _name = "Online adversarial distillation (AFD)"
+    _paper: ClassVar = {
+        "title": "Feature-map-level Online Adversarial Knowledge Distillation",
+        "id": "2002.01775",
+        "citation": (
+            "@inproceedings{chung2020afd,\n"
+            "  title     = {Feature-map-level Online Adversarial Knowledge Distillation},\n"
+            "  author    = {Chung, Inseop and Park, SeongUk and Kim, Jangho and Kwak, Nojun},\n"
+            "  booktitle = {International Conference on Machine Learning},\n"
+            "  year      = {2020}\n"
+            "}"
+        ),
+    }
+    _tag_names: ClassVar = ["hfkd", "knowledge-distillation", "online-distillation", "online-adversarial"]
+    _template_file = "online_adversarial.md"
+
+    args: OnlineAdversarialConfig
+
+    def __init__(
+        self,
+        students: Sequence[PreTrainedModel],
+        args: OnlineAdversarialConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        augmentation: Augmentation | None = None,
+        teacher: PreTrainedModel | None = None,
+        callbacks: Sequence[Any] | None = None,
+    ) -> None:
+        args = args or OnlineAdversarialConfig()
+        if len(students) < (1 if teacher else 2):
+            raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
+        teachers = [FrozenTeacher(teacher)] if teacher is not None else []
+        self.adapters = [
+            ClassifierAdapter(model, tap=args.feature_tap) for model in (*students, *(t.model for t in teachers))
+        ]
+        _check_classes(self.adapters)
+        size = image_size(train_dataset, processing_class, students[0].config)
+        networks = TrainingNetworks(students, self._training_only(args, len(students), size), teachers)
+        super().__init__(
+            networks, args, train_dataset, eval_dataset, processing_class, augmentation=augmentation, callbacks=callbacks
+        )
+        self._pending: list[tuple[dict[str, Tensor], float, Tensor]] = []
+
+    def _training_only(self, args: OnlineAdversarialConfig, students: int, side: int) -> dict[str, nn.Module]:
+        """T_k and D_k, drawn from a generator of their own: with or without them the students start alike."""
+        if args.feature_loss == "none" or args.feature_loss_weight == 0:
+            return {}
+        shapes = [adapter.feature_shape(side) for adapter in self.adapters]
+        # A frozen teacher's map is taken as it is: nobody would train its transfer layer.
+        widths = [shape[0] for shape in (shapes[students:] or shapes)]
+        sizes = [shape[1:] for shape in (shapes[students:] or shapes)]
+        channels = {"min": min(widths), "max": max(widths)}.get(args.transfer_channels) or int(args.transfer_channels)
+        size = (min(height for height, _ in sizes), min(width for _, width in sizes))
+        if students < len(shapes):
+            channels = widths[0]
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed + 1)
+            modules: dict[str, nn.Module] = {
+                "transfer": nn.ModuleList(
+                    TransferLayer(
+                        shape[0],
+                        channels,
+                        size,
+                        activation=args.transfer_activation,  # type: ignore[arg-type]
+                        always=args.transfer_always and k < students,
+                    )
+                    for k, shape in enumerate(shapes)
+                )
+            }
+            if args.feature_loss == "adversarial":
+                modules["discriminators"] = nn.ModuleList(
+                    FeatureDiscriminator(
+                        channels,
+                        size,
+                        hidden_channels=args.discriminator_channels,
+                        num_layers=args.discriminator_layers,
+                        norm=args.discriminator_norm,  # type: ignore[arg-type]
+                        spectral_norm=args.discriminator_spectral_norm,
+                        patch=args.discriminator_patch,
+                        sigmoid=args.gan_loss == "lsgan_sigmoid",
+                    )
+                    for _ in range(students)
+                )
+        return modules
+
+    # -- optimizers --------------------------------------------------------------------------------------------------
+
+    @property
+    def _map_losses(self) -> bool:
+        return self.args.feature_loss != "none" and self.args.feature_optimizer != "main"
+
+    @property
+    def _adversarial(self) -> bool:
+        return "discriminators" in self.model.training_only
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """SGD over all of Theta_k; Adam over G_k and T_k; Adam over D_k (paper, section 4; groups inferred)."""
+        args = self.args
+        students = [p for p in self.model.students.parameters() if p.requires_grad]
+        if args.feature_optimizer == "main":
+            students += self._transfer.parameters()
+        optimizers: dict[str, torch.optim.Optimizer] = {}
+        if args.optim == "sgd":
+            optimizers["student"] = torch.optim.SGD(
+                students,
+                lr=args.learning_rate,
+                momentum=args.momentum,
+                weight_decay=args.weight_decay,
+                nesterov=args.nesterov,
+            )
+        else:
+            optimizers["student"] = torch.optim.AdamW(
+                students,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+        if self._map_losses:
+            # Coupled: the decay enters Adam's normalised step, so that most of it is a constant-speed shrink.
+            adam = torch.optim.AdamW if args.feature_optimizer == "adamw" else torch.optim.Adam
+            decay = args.feature_weight_decay
+            optimizers["feature"] = adam(self._feature_parameters(), lr=args.feature_learning_rate, weight_decay=decay)
+            if self._adversarial:
+                rate = args.discriminator_learning_rate
+                rate = args.feature_learning_rate if rate is None else rate
+                discriminators = self.model.training_only["discriminators"].parameters()
+                optimizers["discriminator"] = adam(discriminators, lr=rate, weight_decay=decay)
+        return optimizers
+
+    def _feature_parameters(self) -> list[nn.Parameter]:
+        """Of every G_k and T_k; never of a head C_k or of a frozen teacher."""
+        count = len(self.model.students)
+        parameters = [p for adapter in self.adapters[:count] for p in adapter.backbone_parameters()]
+        if "transfer" in self.model.training_only:
+            parameters += [p for layer in self._transfer[:count] for p in layer.parameters()]
+        return [p for p in parameters if p.requires_grad]
+
+    @property
+    def _transfer(self) -> Any:
+        return self.model.training_only["transfer"]
+
+    def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
+        args = self.args
+        return {
+            name: milestone_schedule(
+                optimizer,
+                max_steps=max_steps,
+                milestones=args.lr_milestones if name == "student" else args.feature_lr_milestones,
+                gamma=args.lr_gamma,
+                kind=args.lr_scheduler_type if name == "student" else "constant",
+                warmup_steps=args.get_warmup_steps(max_steps) if name == "student" else 0,
+            )
+            for name, optimizer in optimizers.items()
+        }
+
+    # -- one update --------------------------------------------------------------------------------------------------
+
+    def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits first, then maps (paper, section 3); both gradients are taken before any weight of Theta_k moves.
+
+        A single micro-batch needs one forward pass. Several (gradient accumulation) need the maps again for the
+        adversarial loss, because the discriminators step in between; running statistics are updated once.
+        """
+        again = share < 1 or self.args.update_mode == "recompute"
+        generators = torch.random.get_rng_state() if again else torch.empty(0)
+        features = self._features(batch["pixel_values"])
+        maps_active = self._map_losses and (self.state.epoch or 0.0) >= self.args.feature_start_epoch
+
+        losses, parts = self._logit_losses(features, batch["labels"])
+        if self.args.feature_optimizer == "main":
+            alignment = self._feature_losses(self._maps(features))
+            losses = [x + self.args.feature_loss_weight * y for x, y in zip(losses, alignment, strict=True)]
+        # Peers are detached, so the gradient of the sum is each network's own.
+        total = torch.stack(losses).sum()
+        self._accumulate("student", share * total, retain_graph=maps_active and not again)
+        if maps_active:
+            feature_losses = self._map_step(batch, features, share, last, generators, again)
+            parts |= {f"student_{k}_feature": loss for k, loss in enumerate(feature_losses)}
+            parts |= self._discriminator_parts
+            total = total + sum(feature_losses)
+        return total.detach(), {name: value.detach() for name, value in parts.items()}
+
+    def _map_step(
+        self,
+        batch: dict[str, Tensor],
+        features: list[ClassifierFeatures],
+        share: float,
+        last: bool,
+        generators: Tensor,
+        again: bool,
+    ) -> list[Tensor]:
+        """Discriminators, then feature extractors through the updated discriminators; returns L_G^k for the log."""
+        self._discriminator_parts: dict[str, Tensor] = {}
+        if self.args.feature_loss_weight == 0:
+            if last:  # the control: Adam sees zero gradients and its weight decay
+                parameters = self._feature_parameters()
+                self.optimizer.accumulate("feature", parameters, [torch.zeros_like(p) for p in parameters])
+            return []
+        maps = self._maps(features)
+        if self._adversarial:
+            loss = torch.stack(self._discriminator_losses([f.detach() for f in maps])).sum()
+            self._accumulate("discriminator", share * loss)
+        if again:
+            self._pending.append((batch, share, generators))
+        if last and self._adversarial and self.args.update_order == "discriminator_first":
+            self.optimizer.step_now("discriminator")
+        if not again:
+            return self._extractor_step(maps, share)
+        if not last:
+            return []
+        if self.args.update_mode == "recompute":
+            self.optimizer.step_now("student")
+        pending, self._pending = self._pending, []
+        sums = [
+            torch.stack(self._extractor_step(self._maps_again(earlier, state), part)) * part
+            for earlier, part, state in pending
+        ]
+        return list(torch.stack(sums).sum(dim=0) / share)
+
+    def _extractor_step(self, maps: list[Tensor], share: float) -> list[Tensor]:
+        losses = self._feature_losses(maps)
+        self._accumulate("feature", share * self.args.feature_loss_weight * torch.stack(losses).sum())
+        return [loss.detach() for loss in losses]
+
+    def _accumulate(self, name: str, loss: Tensor, retain_graph: bool = False) -> None:
+        parameters = self._parameters[name]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        self.optimizer.accumulate(name, parameters, gradients)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        self._parameters = {name: optimizer.parameters(name) for name in optimizer.optimizers}
+        self._pending.clear()
+        return optimizer
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def _features(self, pixel_values: Tensor) -> list[ClassifierFeatures]:
+        """One forward pass of every student, and of the teacher, last, without gradient."""
+        with self.autocast():
+            features = [adapter(pixel_values) for adapter in self.adapters[: len(self.model.students)]]
+            for teacher, adapter in zip(self.model.teachers, self.adapters[len(features) :], strict=True):
+                with torch.no_grad():
+                    features.append(adapter(teacher.renormalize(pixel_values)))
+        return features
+
+    def _source_of(self, student: int) -> int:
+        """Whom `student` learns from, as an index into features and maps."""
+        count = len(self.model.students)
+        return count if len(self.model.teachers) else previous(student, count)
+
+    def _logit_losses(self, features: list[ClassifierFeatures], labels: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """L_logit^k = CE(y, softmax(z_k)) + T^2 KL(softmax(z_prev(k) / T) || softmax(z_k / T)) (paper, eq. 13)."""
+        args = self.args
+        weight = args.kl_weight * kl_rampup(self.state.epoch or 0.0, args.kl_rampup_epochs)
+        logits = [_full_precision(f.logits) for f in features]
+        count = len(self.model.students)
+        losses, parts = [], {}
+        for k in range(count):
+            loss = parts[f"student_{k}_ce"] = F.cross_entropy(logits[k], labels)
+            if weight > 0:
+                everyone = args.logit_source == "all" and not len(self.model.teachers)
+                sources = [j for j in range(count) if j != k] if everyone else [self._source_of(k)]
+                divergences = [distillation_kl(logits[k], logits[j], args.temperature) for j in sources]
+                kl = parts[f"student_{k}_kl"] = torch.stack(divergences).mean()
+                loss = loss + weight * kl
+            losses.append(loss)
+        return losses, parts
+
+    def _maps(self, features: list[ClassifierFeatures]) -> list[Tensor]:
+        """f_k = T_k(F_k), of one shape for all networks."""
+        with self.autocast():
+            return [layer(f.feature_map) for layer, f in zip(self._transfer, features, strict=True)]
+
+    def _maps_again(self, batch: dict[str, Tensor], generators: Tensor) -> list[Tensor]:
+        """The maps of an earlier forward pass, with its dropout and without updating running statistics again."""
+        now = torch.random.get_rng_state()
+        torch.random.set_rng_state(generators)
+        with frozen_running_statistics(self.model):
+            maps = self._maps(self._features(batch["pixel_values"]))
+        torch.random.set_rng_state(now)
+        return maps
+
+    def _feature_losses(self, maps: list[Tensor]) -> list[Tensor]:
+        """L_G^k = (1 - D_k(f_k))^2 (paper, eq. 14), or the distance to f_prev(k)."""
+        args = self.args
+        if not self._adversarial:
+            power = 1 if args.feature_loss == "l1" else 2
+            return [
+                alignment_loss(
+                    _full_precision(maps[k]), _full_precision(maps[self._source_of(k)]), power, args.feature_normalize
+                )
+                for k in range(len(self.model.students))
+            ]
+        return [
+            generator_loss(self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)[1], args.gan_loss)  # type: ignore[arg-type]
+            for k in range(len(self.model.students))
+        ]
+
+    def _discriminator_losses(self, maps: list[Tensor]) -> list[Tensor]:
+        """L_D^k = (1 - D_k(f_prev(k)))^2 + D_k(f_k)^2 (paper, eq. 14), on detached maps."""
+        losses = []
+        for k in range(len(self.model.students)):
+            real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
+            loss = discriminator_loss(real, fake, self.args.gan_loss)  # type: ignore[arg-type]
+            judged = discriminator_accuracy(real, fake, undecided_score(self.args.gan_loss))  # type: ignore[arg-type]
+            self._discriminator_parts[f"discriminator_{k}_loss"] = loss.detach()
+            self._discriminator_parts[f"discriminator_{k}_accuracy"] = judged["accuracy"]
+            losses.append(loss)
+        return losses
+
+    def _scores(self, k: int, real: Tensor, fake: Tensor, fake_only: bool = False) -> tuple[Tensor, Tensor]:
+        """D_k of the maps it learns from and of its own, in one pass or two: batch norm tells the difference."""
+        discriminator = self.model.training_only["discriminators"][k]
+        with self.autocast():
+            if self.args.discriminator_batch == "joint":
+                scores = discriminator(torch.cat([real, fake]))
+                return scores[: len(real)], scores[len(real) :]
+            own = discriminator(fake)
+            return (own if fake_only else discriminator(real)), own
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def start_evaluation(self) -> None:
+        count = len(self.model.students)
+        pairs = {(k, self._source_of(k)) for k in range(count)}
+        # The pair (0, 1) and the pair (1, 0) are one.
+        self._similarities = {pair: FeatureMapSimilarity() for pair in {tuple(sorted(pair)) for pair in pairs}}
+        self._judged: list[Tensor] = []
+
+    def evaluation_step(self, batch: dict[str, Tensor]) -> Tensor:
+        features = self._features(batch["pixel_values"])
+        count = len(self.model.students)
+        if "transfer" in self.model.training_only:
+            maps = self._maps(features)
+        else:
+            maps = [f.feature_map for f in features]
+        for (a, b), similarity in self._similarities.items():
+            if maps[a].shape == maps[b].shape:
+                similarity.update(maps[a], maps[b])
+        if self._adversarial and len(maps[0]) > 1:
+            judged = [
+                discriminator_accuracy(
+                    *self._scores(k, maps[self._source_of(k)], maps[k]),
+                    undecided_score(self.args.gan_loss),  # type: ignore[arg-type]
+                )["accuracy"]
+                for k in range(count)
+            ]
+            self._judged.append(torch.stack(judged))
+        return torch.stack([_full_precision(f.logits) for f in features[:count]], dim=1)
+
+    def evaluation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Accuracies of the students and their ensembles, `loss` (mean CE), map similarities, D accuracies."""
+        students = list(logits.unbind(dim=1))
+        metrics = {"loss": torch.stack([F.cross_entropy(z, labels) for z in students]).mean().item()}
+        metrics |= cohort_metrics(students, labels)
+        for (a, b), similarity in self._similarities.items():
+            if similarity.samples:
+                other = "teacher" if b == len(students) else str(b)
+                metrics |= {f"maps_{a}_{other}_{name}": value for name, value in similarity.compute().items()}
+        if self._judged:
+            accuracies = torch.stack(self._judged).mean(dim=0).tolist()
+            metrics |= {f"discriminator_{k}_accuracy": value for k, value in enumerate(accuracies)}
+        return metrics
+
+
+@contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode normalises by the batch but leaves its running statistics alone."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _check_classes(adapters: Sequence[ClassifierAdapter]) -> None:
+    counts = [adapter.model.config.num_labels for adapter in adapters]
+    if len(set(counts)) > 1:
+        raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")

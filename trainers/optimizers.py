@@ -1,0 +1,154 @@
+"""Several optimizers and their schedules behind the one pair that `transformers.Trainer` drives."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from .distributed import average_gradients
+
+
+class NamedOptimizers:
+    """Named optimizers, each with gradients of its own, even where they share parameters.
+
+    A parameter has a single `.grad`, but AFD steps the same weights by SGD with one gradient and by Adam with another.
+    Every optimizer therefore owns its gradients: `accumulate` adds to them, and a step lends them to `.grad` for just
+    that step. Trainer's calls (`step`, `zero_grad`, `state_dict`, `param_groups`) act on all of them, in the order
+    they were given; `step_now` lets one go earlier, through the same averaging, clipping and logging.
+
+    The first optimizer is the main one: its learning rate and gradient norm are the run's.
+    """
+
+    def __init__(self, optimizers: dict[str, torch.optim.Optimizer], max_grad_norm: float) -> None:
+        self.optimizers = optimizers
+        self.max_grad_norm = max_grad_norm
+        self.gradient_norms: dict[str, Tensor] = {}
+        self._gradients: dict[str, dict[nn.Parameter, Tensor]] = {name: {} for name in optimizers}
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizers[name].param_groups for parameter in group["params"]]
+
+    def accumulate(self, name: str, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Add to the gradients of optimizer `name`; None (a parameter that the loss does not reach) adds nothing."""
+        own = self._gradients[name]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                own[parameter] = own[parameter] + gradient if parameter in own else gradient
+
+    def gradients(self, name: str) -> dict[nn.Parameter, Tensor]:
+        """What optimizer `name` has accumulated since its last step."""
+        return self._gradients[name]
+
+    def reduce_and_clip(self, names: Iterable[str] | None = None) -> None:
+        """Average the gradients of each named optimizer over the ranks, then clip each to `max_grad_norm` (0: never)."""
+        for name in names or self.optimizers:
+            own = self._gradients[name]
+            if not own:
+                continue
+            gradients = average_gradients(list(own.values()))
+            norm = nn.utils.get_total_norm(gradients)
+            self.gradient_norms[name] = norm
+            if self.max_grad_norm > 0:
+                # Not in place: autograd may hand out one tensor as the gradient of two parameters.
+                gradients = list(torch._foreach_mul(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)))
+            own.update(zip(own, gradients, strict=True))
+
+    def step_now(self, name: str) -> None:
+        """Average, clip and step one optimizer ahead of the others (a discriminator before its generator)."""
+        self.reduce_and_clip([name])
+        self._step(name)
+
+    def step(self) -> None:
+        """Step every optimizer that still holds gradients."""
+        for name in self.optimizers:
+            self._step(name)
+
+    def _step(self, name: str) -> None:
+        gradients = self._gradients[name]
+        if not gradients:
+            return
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self.optimizers[name].step()
+        for parameter in gradients:
+            parameter.grad = None
+        gradients.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad(set_to_none=set_to_none)
+            self._gradients[name].clear()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Strict: a name too few or too many is an error."""
+        _check_names("optimizer", self.optimizers, state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+
+class NamedSchedules:
+    """The learning-rate schedules of `NamedOptimizers`, stepped together once per update."""
+
+    def __init__(self, schedules: dict[str, LambdaLR]) -> None:
+        self.schedules = schedules
+
+    def step(self) -> None:
+        for schedule in self.schedules.values():
+            schedule.step()
+
+    def get_last_lr(self) -> list[float]:
+        """One rate per parameter group, those of the main optimizer first."""
+        return [rate for schedule in self.schedules.values() for rate in schedule.get_last_lr()]
+
+    def learning_rates(self) -> dict[str, float]:
+        return {name: float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: schedule.state_dict() for name, schedule in self.schedules.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        _check_names("schedule", self.schedules, state)
+        for name, schedule in self.schedules.items():
+            schedule.load_state_dict(state[name])
+
+
+def milestone_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_steps: int,
+    milestones: Sequence[float],
+    gamma: float,
+    kind: str = "constant",
+    warmup_steps: int = 0,
+) -> LambdaLR:
+    """A transformers schedule, multiplied by `gamma` at each milestone passed.
+
+    Args:
+        milestones: fractions of the run in (0, 1); 0.5 of 300 epochs is the paper's epoch 150, at any budget.
+        kind: `constant`, `constant_with_warmup`, `linear` or `cosine`.
+        warmup_steps: updates of linear warm-up, for the kinds that have one.
+    """
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps)
+    steps = sorted(round(fraction * max_steps) for fraction in milestones)
+
+    def with_milestones(base: Any) -> Any:
+        return lambda step: base(step) * gamma ** bisect_right(steps, step)
+
+    schedule.lr_lambdas = [with_milestones(base) for base in schedule.lr_lambdas]
+    return schedule
+
+
+def _check_names(what: str, own: dict[str, Any], state: dict[str, Any]) -> None:
+    if own.keys() != state.keys():
+        raise KeyError(f"the checkpoint has {what}s {sorted(state)}, this run has {sorted(own)}")

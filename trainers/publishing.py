@@ -1,0 +1,128 @@
+"""Sharing a run on the Hub: every push leaves a repo that loads, and a failed push never costs a checkpoint."""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.utils import logging
+
+from hfkd.errors import RunError
+from hfkd.hub.publish import check_target, push_folder
+
+from .config import DistillationConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+class Publishing(Trainer):
+    """The part of the base trainer that writes cards and pushes.
+
+    Trainer's own push rewrites a pickle (`training_args.bin`) and copies only root weights, without code until the
+    end; ours uploads a staged copy of the whole student tree in one commit, the first one included.
+    """
+
+    args: DistillationConfig
+    _push: "Future[Any] | None" = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Check token and repo before the first step; the repo is created if it does not exist.
+
+        Raises:
+            InputError: one line for a missing or refused token, a foreign namespace, an unreachable Hub.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = check_target(
+                self.args.hub_model_id,
+                token=token or self.args.hub_token,
+                private=self.args.hub_private_repo if private is None else private,
+            )
+
+    def write_card(self, folder: str | Path) -> None:
+        """Write README.md and its pictures, with what has been measured so far, into a folder of saved students."""
+        raise NotImplementedError
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the card into `output_dir`."""
+        if self.is_world_process_zero():
+            self.write_card(self.args.output_dir)
+
+    # -- while training ----------------------------------------------------------------------------------------------
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a finished checkpoint's students in the background; a push that failed before is repeated by this one."""
+        if str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy)) == "end":
+            return
+        if self._push is not None and not self._push.done():
+            return  # the next save carries newer weights anyway
+        self._warn_of_failed_push()
+        self._push = push_folder(
+            checkpoint_folder,
+            self._repo_id,
+            token=self.args.hub_token,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            revision=self.args.hub_revision,
+            run_as_future=True,
+        )
+
+    def _finish_current_push(self) -> None:
+        if self._push is not None:
+            self._warn_of_failed_push()
+
+    def _warn_of_failed_push(self) -> None:
+        """Wait for the push under way; what went wrong is a warning, as the checkpoint is safe and a retry follows."""
+        push, self._push = self._push, None
+        if push is None:
+            return
+        try:
+            push.result()
+        except RunError as error:
+            logger.warning(f"{error} (training goes on; the next save pushes again)")
+
+    # -- at the end --------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the students and their card; with `push_to_hub` also push, when called by the user."""
+        super().save_model(output_dir, _internal_call=True)
+        if self.is_world_process_zero():
+            self.write_card(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **_: Any,
+    ) -> Any:
+        """Save the students with their card into `output_dir` and push them in one commit.
+
+        Returns:
+            The commit's info, or a future of it where `blocking` is False. None on all ranks but the first.
+
+        Raises:
+            RunError: when the push fails; everything stays saved, and the line to repeat it is in the message.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        settings: dict[str, Any] = {
+            "token": token or self.args.hub_token,
+            "commit_message": commit_message,
+            "private": self.args.hub_private_repo,
+            "revision": revision or self.args.hub_revision,
+        }
+        if not blocking:
+            return push_folder(self.args.output_dir, self._repo_id, run_as_future=True, **settings)
+        return push_folder(self.args.output_dir, self._repo_id, **settings)
+
+    @property
+    def _repo_id(self) -> str:
+        assert self.hub_model_id is not None  # set by init_hf_repo
+        return self.hub_model_id
