@@ -1,6 +1,7 @@
 """The base of every method's Trainer: several networks, several optimizers, data as a function of its keys."""
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,6 +53,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             standard deviation.
         augmentation: of the training images; none by default.
         callbacks: as in `transformers.Trainer`.
+        dataset_name: what the card calls the data: a Hub id, `digits`, or a folder.
 
     Raises:
         InputError: for anything that can be found wrong before the first step.
@@ -78,7 +80,10 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         processing_class: Any = None,
         augmentation: Augmentation | None = None,
         callbacks: Sequence[Any] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
+        self.dataset_name = dataset_name
+        self.measured = {}
         self._check_distribution(args)
         self.data_seed = args.seed if args.data_seed is None else args.data_seed
         if processing_class is None and isinstance(train_dataset, ImageSource):
@@ -221,6 +226,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
                 "--resume_from_checkpoint true, or choose an empty folder"
             )
         self._reset_accumulators()
+        self._started = None if resume_from_checkpoint else time.monotonic()
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -370,6 +376,8 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             all_logits, all_labels = torch.cat(logits), torch.cat(labels)
             metrics = self.evaluation_metrics(all_logits, all_labels)
         self.model.train(was_training)
+        self.measured[dataloader.dataset.name] = {f"eval_{name}": value for name, value in metrics.items()}
+        self.measured[dataloader.dataset.name]["images"] = len(all_labels)
         return EvalLoopOutput(
             predictions=all_logits[:, 0].numpy(),
             label_ids=all_labels.numpy(),

@@ -83,6 +83,8 @@ class Checkpointing(Trainer):
                 with atomic_folder(target) as folder:
                     self.save_students(folder)
                     self._save_training_state(folder, generators)
+                    if self.args.push_to_hub:
+                        self.write_card(folder)
             except (OSError, RunError) as error:
                 raise RunError(self._save_failure(target, run_dir, error)) from error
             rotate_checkpoints(
@@ -145,7 +147,7 @@ class Checkpointing(Trainer):
                 target.mkdir(parents=True, exist_ok=True)
                 with atomic_folder(target / ".new-students") as folder:
                     self.save_students(folder)
-                move_into(folder, target)
+                move_into(target / ".new-students", target)
             except (OSError, RunError) as error:
                 raise RunError(self._save_failure(target, target, error)) from error
         self.accelerator.wait_for_everyone()
@@ -204,6 +206,9 @@ class Checkpointing(Trainer):
     # -- finiteness, which no checkpoint may lack ------------------------------------------------------------------
 
     def check_finite(self) -> None:
+        raise NotImplementedError
+
+    def write_card(self, folder: str | Path) -> None:
         raise NotImplementedError
 
     def check_weights_finite(self) -> None:

@@ -99,6 +99,9 @@ class DistillationConfig(TrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "NHWC memory layout: with bf16 about twice as fast where the CPU or GPU has it."}
     )
+    license: str | None = field(
+        default="apache-2.0", metadata={"help": "Licence of the weights, for the card: an identifier of the Hub."}
+    )
     sync_batchnorm: bool = field(
         default=False, metadata={"help": "Batch statistics over all ranks instead of per rank; CUDA only."}
     )

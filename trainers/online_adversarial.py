@@ -160,7 +160,8 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         students: K >= 2 image classifiers of equal or different architecture, in the order of the cycle: the first
             teaches the second, ..., the last teaches the first. K >= 1 with a teacher.
         args: the settings.
-        train_dataset, eval_dataset, processing_class, augmentation, callbacks: as in `DistillationTrainer`.
+        train_dataset, eval_dataset, processing_class, augmentation, callbacks, dataset_name: as in
+            `DistillationTrainer`.
         teacher: offline variant: a trained classifier, frozen, that every student learns from instead of its peers.
 
     Raises:
@@ -200,6 +201,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         augmentation: Augmentation | None = None,
         teacher: PreTrainedModel | None = None,
         callbacks: Sequence[Any] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
         args = args or OnlineAdversarialConfig()
         if len(students) < (1 if teacher else 2):
@@ -212,7 +214,14 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         size = image_size(train_dataset, processing_class, students[0].config)
         networks = TrainingNetworks(students, self._training_only(args, len(students), size), teachers)
         super().__init__(
-            networks, args, train_dataset, eval_dataset, processing_class, augmentation=augmentation, callbacks=callbacks
+            networks,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            augmentation=augmentation,
+            callbacks=callbacks,
+            dataset_name=dataset_name,
         )
         self._pending: list[tuple[dict[str, Tensor], float, Tensor]] = []
 

@@ -1,19 +1,35 @@
 """Sharing a run on the Hub: every push leaves a repo that loads, and a failed push never costs a checkpoint."""
 
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Trainer
 from transformers.utils import logging
 
 from hfkd.errors import RunError
+from hfkd.hub.hardware import environment_report
 from hfkd.hub.publish import check_target, push_folder
+from hfkd.model_cards import (
+    CardData,
+    DataUsed,
+    Method,
+    Parent,
+    Student,
+    changed_settings,
+    measurements_of,
+    write_card,
+)
 
 from .config import DistillationConfig
+from .networks import TrainingNetworks
 
 
 logger = logging.get_logger(__name__)
+
+RUN_FILE = "run.yaml"  # the resolved options, which the command saves beside the weights
 
 
 class Publishing(Trainer):
@@ -24,6 +40,11 @@ class Publishing(Trainer):
     """
 
     args: DistillationConfig
+    model: TrainingNetworks
+    _template_file: ClassVar[str]
+    dataset_name: str | None
+    measured: dict[str, dict[str, float]]  # by split: the last metrics, and `images`, how many there were
+    _started: float | None = None  # when this process began to train; None for a resumed run
     _push: "Future[Any] | None" = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -41,7 +62,39 @@ class Publishing(Trainer):
 
     def write_card(self, folder: str | Path) -> None:
         """Write README.md and its pictures, with what has been measured so far, into a folder of saved students."""
-        raise NotImplementedError
+        args = self.args
+        run_file = Path(args.output_dir) / RUN_FILE
+        command = f"hfkd train {Path(self._template_file).stem.replace('_', '-')} --config {RUN_FILE}"
+        card = CardData(
+            method=Method.of(self),
+            location=self.hub_model_id or args.output_dir,
+            students=tuple(Student.of(student) for student in self.model.students),
+            parents=tuple(self._parents()),
+            data=self._data_used(),
+            license=args.license,
+            measurements=tuple(m for split, found in self.measured.items() for m in measurements_of(found, split)),
+            hyperparameters=changed_settings(args),
+            log_history=tuple(self.state.log_history),
+            environment=environment_report(),
+            wall_time_s=None if self._started is None else time.monotonic() - self._started,
+            command=command if run_file.exists() else None,
+        )
+        write_card(card, folder)
+
+    def _parents(self) -> Iterator[Parent]:
+        """Teachers, and what students were fine-tuned from; a network of fresh weights has no name."""
+        networks = [("teacher", teacher.model) for teacher in self.model.teachers]
+        networks += [("starting point", student) for student in self.model.students]
+        for role, network in networks:
+            if name := getattr(network.config, "_name_or_path", ""):
+                yield Parent.of(role, name)
+
+    def _data_used(self) -> DataUsed | None:
+        if self.dataset_name is None:
+            return None
+        splits = {split: int(found["images"]) for split, found in self.measured.items()}
+        train = {} if self.train_dataset is None else {"train": len(self.train_dataset)}
+        return DataUsed.of(self.dataset_name, train | splits)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write the card into `output_dir`."""
@@ -84,7 +137,7 @@ class Publishing(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the students and their card; with `push_to_hub` also push, when called by the user."""
-        super().save_model(output_dir, _internal_call=True)
+        super().save_model(output_dir, _internal_call=True)  # the next in line: Checkpointing
         if self.is_world_process_zero():
             self.write_card(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import huggingface_hub
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session
@@ -111,6 +111,34 @@ def check_target(
     except HUB_ERRORS as error:
         raise InputError(f"cannot push to {repo_id}: {explain(error, repo_id, api.endpoint)}") from error
     return full_id
+
+
+@overload
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    token: str | None = ...,
+    commit_message: str = ...,
+    private: bool | None = ...,
+    revision: str | None = ...,
+    endpoint: str | None = ...,
+    run_as_future: Literal[False] = False,
+) -> CommitInfo: ...
+
+
+@overload
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    token: str | None = ...,
+    commit_message: str = ...,
+    private: bool | None = ...,
+    revision: str | None = ...,
+    endpoint: str | None = ...,
+    run_as_future: Literal[True],
+) -> Future[CommitInfo]: ...
 
 
 def push_folder(

@@ -1,0 +1,246 @@
+"""Rendering a model card: one small function per section, a template per method, and metadata that the Hub accepts."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hfkd.hub.hardware import hardware_line, versions_line
+from hfkd.hub.publish import card_repo_line
+
+from .curve import plot_history
+from .data import CardData, Parent, Picture
+
+
+logger = logging.getLogger(__name__)
+
+CURVE_FILE = "curve.png"
+TASK = "image-classification"
+
+
+def write_card(data: CardData, folder: Path | str) -> Path:
+    """Write README.md, and the training curve as a picture beside it, into `folder`. Returns the card's path.
+
+    A section that fails is left out with a warning.
+
+    Raises:
+        OSError: the card itself cannot be written.
+    """
+    folder = Path(folder)
+    curve = _guarded("curve", lambda: plot_history(data.log_history, folder / CURVE_FILE))
+    if curve is not None:
+        drawn = Picture(CURVE_FILE, "Training curves")
+        data = dataclasses.replace(data, pictures=(drawn, *data.pictures))
+    card = folder / "README.md"
+    render_card(data).save(card)
+    return card
+
+
+def render_card(data: CardData) -> ModelCard:
+    """The card as text and metadata. A section that fails is left out with a warning."""
+    metadata = _guarded("metadata", lambda: _metadata(data)) or ModelCardData(library_name="transformers")
+    sections = {name: _guarded(name, partial(section, data)) or "" for name, section in SECTIONS.items()}
+    body = _templates().get_template(data.method.template).render(sections)
+    # Sections that are empty leave their surrounding blank lines behind.
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+
+
+def _guarded(name: str, section: Callable[[], Any]) -> Any:
+    """Nothing about a card is worth a training run: whatever fails is named and left out."""
+    try:
+        return section()
+    except Exception as error:
+        logger.warning(f"model card: {name} is left out ({type(error).__name__}: {error})")
+        return None
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    # Markdown, not HTML: there is nothing to escape.
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)
+
+
+def _metadata(data: CardData) -> ModelCardData:
+    base_models = [parent.hub_id for parent in data.parents if parent.hub_id]
+    results = _eval_results(data)
+    return ModelCardData(
+        license=data.license,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=list(dict.fromkeys([*data.method.tags, TASK, "vision", f"arxiv:{data.method.arxiv_id}"])),
+        base_model=list(dict.fromkeys(base_models)) or None,
+        datasets=[data.data.hub_id] if data.data and data.data.hub_id else None,
+        metrics=list(dict.fromkeys(measured.metric_id for measured in data.measurements)) or None,
+        model_name=_title(data) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(data: CardData) -> list[EvalResult]:
+    if data.data is None:
+        return []
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=data.data.hub_id or data.data.name,
+            dataset_name=data.data.name,
+            dataset_split=measured.split,
+            metric_type=measured.metric_id,
+            metric_name=f"{measured.metric}, {measured.subject}",
+            metric_value=measured.value,
+        )
+        for measured in data.measurements
+    ]
+
+
+def _title(data: CardData) -> str:
+    return Path(data.location).name or "model"
+
+
+def _summary(data: CardData) -> str:
+    count = len(data.students)
+    what = "An image classifier, trained" if count == 1 else f"{count} image classifiers, trained together"
+    where = f" on {_linked_data(data)}" if data.data else ""
+    method = f"[{data.method.name}](https://arxiv.org/abs/{data.method.arxiv_id})"
+    return f"{what}{where} with {method}, by `hfkd`."
+
+
+def _linked_data(data: CardData) -> str:
+    assert data.data is not None
+    link = f"https://huggingface.co/datasets/{data.data.hub_id}"
+    return f"[{data.data.name}]({link})" if data.data.hub_id else f"`{data.data.name}`"
+
+
+def _networks(data: CardData) -> str:
+    rows = [
+        (f"student {k}", student.description, f"{student.parameters:,}", "root" if k == 0 else f"`student_{k}`")
+        for k, student in enumerate(data.students)
+    ]
+    return _table(("", "Network", "Parameters", "Folder"), rows)
+
+
+def _usage(data: CardData) -> str:
+    # One consent covers a repo: the code of every family lies at its root.
+    consent = ", trust_remote_code=True" if any(student.custom_code for student in data.students) else ""
+    lines = [
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline",
+        "",
+        card_repo_line(data.location),
+        f'classify = pipeline("{TASK}", model=repo{consent})',
+        'print(classify("image.png"))',
+        "",
+        "processor = AutoImageProcessor.from_pretrained(repo)",
+        f"model = AutoModelForImageClassification.from_pretrained(repo{consent})",
+    ]
+    text = _code("python", "\n".join(lines))
+    if consent:
+        text = "The model's code comes with its weights; `hfkd` need not be installed.\n\n" + text
+    if len(data.students) > 1:
+        folders = ", ".join(f"`student_{k}`" for k in range(1, len(data.students)))
+        call = f'peer = pipeline("{TASK}", model=repo, model_kwargs={{"subfolder": "student_1"}}{consent})'
+        text += f"\n\nThe repo's root is student 0. Its peers lie in {folders}:\n\n" + _code("python", call)
+    return text
+
+
+def _results(data: CardData) -> str:
+    if not data.measurements:
+        return ""
+    splits = list(dict.fromkeys(measured.split for measured in data.measurements))
+    tables = []
+    for split in splits:
+        here = [measured for measured in data.measurements if measured.split == split]
+        metrics = list(dict.fromkeys(measured.metric for measured in here))
+        values = {(measured.subject, measured.metric): f"{measured.value:.4f}" for measured in here}
+        subjects = dict.fromkeys(measured.subject for measured in here)
+        rows = [(subject, *(values.get((subject, metric), "") for metric in metrics)) for subject in subjects]
+        size = data.data.splits.get(split) if data.data else None
+        title = f"On the {split} split" + (f" ({size:,} images):" if size else ":")
+        tables.append(f"{title}\n\n{_table(('', *metrics), rows)}")
+    return "\n\n".join(tables)
+
+
+def _pictures(data: CardData) -> str:
+    return "\n\n".join(f"![{picture.caption}]({picture.file})" for picture in data.pictures)
+
+
+def _data(data: CardData) -> str:
+    if data.data is None:
+        return ""
+    sizes = ", ".join(f"{count:,} {split}" for split, count in data.data.splits.items())
+    return f"Data: {_linked_data(data)}" + (f" (images: {sizes})." if sizes else ".")
+
+
+def _parents(data: CardData) -> str:
+    return _list(f"{parent.role.capitalize()}: {_parent(parent)}" for parent in data.parents)
+
+
+def _parent(parent: Parent) -> str:
+    if parent.hub_id:
+        return f"[{parent.hub_id}](https://huggingface.co/{parent.hub_id})"
+    hashes = ", ".join(f"{file} sha256 `{digest}`" for file, digest in parent.weights_sha256.items())
+    return f"`{parent.name}`" + (f" (local; {hashes})" if hashes else " (local)")
+
+
+def _hyperparameters(data: CardData) -> str:
+    if not data.hyperparameters:
+        return ""
+    rows = ((f"`{name}`", f"`{value}`") for name, value in data.hyperparameters.items())
+    return f"Settings that differ from the defaults:\n\n{_table(('Setting', 'Value'), rows)}"
+
+
+def _environment(data: CardData) -> str:
+    facts = []
+    if data.wall_time_s is not None:
+        facts.append(f"Training time: {_duration(data.wall_time_s)}")
+    if data.environment:
+        facts += [f"Hardware: {hardware_line(data.environment)}", f"Versions: {versions_line(data.environment)}"]
+    text = _list(facts)
+    return text + (f"\n\nTo repeat the run:\n\n{_code('bash', data.command)}" if data.command else "")
+
+
+def _citation(data: CardData) -> str:
+    paper = f"{data.method.paper_title}, arXiv [{data.method.arxiv_id}](https://arxiv.org/abs/{data.method.arxiv_id})"
+    return f"{paper}:\n\n{_code('bibtex', data.method.citation)}"
+
+
+SECTIONS: Mapping[str, Callable[[CardData], str]] = {
+    "title": _title,
+    "summary": _summary,
+    "networks": _networks,
+    "usage": _usage,
+    "results": _results,
+    "pictures": _pictures,
+    "data": _data,
+    "parents": _parents,
+    "hyperparameters": _hyperparameters,
+    "environment": _environment,
+    "citation": _citation,
+}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = tuple(header)
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,189 @@
+"""What a model card is made of. A trainer fills a `CardData`; `card.py` renders it."""
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hfkd.hub.manifest import file_sha256
+from hfkd.hub.publish import is_repo_id
+from hfkd.models import code_files
+
+
+_METRIC_KEY = re.compile(r"(?:eval_|test_)?(student_\d+|mean|ensemble_prob|ensemble)_(\w+)")
+_SUBJECTS = {
+    "mean": "Mean of the students",
+    "ensemble": "Ensemble (mean of logits)",
+    "ensemble_prob": "Ensemble (mean of probabilities)",
+}
+# Name in the trainer's metrics -> metric id in the model-index, and its name in tables.
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "top5": ("top_5_accuracy", "Top-5 accuracy"),
+    "mean_average_precision": ("mean_average_precision", "Mean average precision"),
+}
+# Settings that say where a run lies or who ran it, not what it computes.
+_NOT_HYPERPARAMETERS = re.compile(
+    r".*token.*|.*_dir|hub_.*|push_to_hub.*|run_name|report_to|resume_from_checkpoint|disable_tqdm|do_\w+"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The facts of a method, as its trainer class states them. `template` is a file of this folder."""
+
+    name: str
+    paper_title: str
+    arxiv_id: str
+    citation: str
+    tags: tuple[str, ...]
+    template: str
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Method":
+        """From a trainer or its class: `_name`, `_paper` (title, id, citation), `_tag_names`, `_template_file`."""
+        paper = trainer._paper
+        tags = tuple(trainer._tag_names)
+        return cls(trainer._name, paper["title"], paper["id"], paper["citation"], tags, trainer._template_file)
+
+
+@dataclass(frozen=True)
+class Student:
+    """One network of the cohort: what it is, how many parameters it has, whether it brings code of its own."""
+
+    description: str
+    parameters: int
+    custom_code: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, name: str | None = None) -> "Student":
+        """From a model; `name` is what the user called it, a preset for example."""
+        kind = type(model).__name__
+        return cls(f"{name} ({kind})" if name else kind, model.num_parameters(), bool(code_files(model)))
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A network that this one comes from: a teacher, a starting point. Either on the Hub, or known by its weights."""
+
+    role: str
+    name: str
+    hub_id: str | None = None
+    weights_sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, role: str, name_or_path: str | Path) -> "Parent":
+        """From what was given to `from_pretrained`. A local path is cut to its last part, its weights are hashed."""
+        hub_id = hub_id_or_none(str(name_or_path))
+        path = Path(name_or_path)
+        weights = {file.name: file_sha256(file) for file in sorted(path.glob("*.safetensors"))} if not hub_id else {}
+        return cls(role, hub_id or path.resolve().name, hub_id, weights)
+
+
+@dataclass(frozen=True)
+class DataUsed:
+    """The dataset: its name, its Hub id if it has one, and the number of images of each split."""
+
+    name: str
+    hub_id: str | None = None
+    splits: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name_or_path: str, splits: Mapping[str, int]) -> "DataUsed":
+        """From `--dataset_name`: a Hub id, embedded data, or a local path, which is cut to its last part."""
+        hub_id = hub_id_or_none(name_or_path)
+        return cls(hub_id or Path(name_or_path).resolve().name, hub_id, splits)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: who reached it, by which metric (`metric_id` for the model-index, `metric` for people), where."""
+
+    subject: str
+    metric_id: str
+    metric: str
+    value: float
+    split: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that lies beside the card."""
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class CardData:
+    """Everything that a card tells. Only what is given is told.
+
+    Attributes:
+        method: the method's facts.
+        location: how a user names the model: its repo id or, for a local result, the folder as the user gave it.
+        students: the saved networks, student 0 first.
+        parents: teachers and starting points.
+        data: what it was trained and measured on.
+        license: a licence identifier of the Hub.
+        measurements: the numbers, in the order of the table.
+        hyperparameters: settings that differ from the defaults, see `changed_settings`.
+        log_history: `trainer.state.log_history`, from which `write_card` draws the curves.
+        pictures: further pictures, already saved beside the card.
+        environment: what `hfkd.hub.hardware.environment_report` returns.
+        wall_time_s: training time in seconds.
+        command: the line that repeats the run.
+    """
+
+    method: Method
+    location: str
+    students: tuple[Student, ...]
+    parents: tuple[Parent, ...] = ()
+    data: DataUsed | None = None
+    license: str | None = None
+    measurements: tuple[Measurement, ...] = ()
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    log_history: tuple[Mapping[str, Any], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    wall_time_s: float | None = None
+    command: str | None = None
+
+
+def hub_id_or_none(name: str) -> str | None:
+    """`name` if it is a NAMESPACE/NAME of the Hub and no local path; None otherwise."""
+    return name if name.count("/") == 1 and is_repo_id(name) and not Path(name).exists() else None
+
+
+def measurements_of(metrics: Mapping[str, Any], split: str) -> tuple[Measurement, ...]:
+    """The scores among a trainer's metrics (`eval_student_0_accuracy`, `eval_ensemble_top5`, ...).
+
+    Losses, run times and numbers that are not finite (the Hub refuses those) are left out.
+    """
+    found = []
+    for key, value in metrics.items():
+        match = _METRIC_KEY.fullmatch(key)
+        if match is None or match[2] not in _METRICS or not math.isfinite(value):
+            continue
+        subject = _SUBJECTS.get(match[1]) or f"Student {match[1].removeprefix('student_')}"
+        found.append(Measurement(subject, *_METRICS[match[2]], float(value), split))
+    return tuple(found)
+
+
+def changed_settings(args: Any) -> dict[str, Any]:
+    """Plain fields of a config dataclass that differ from their defaults, without tokens, paths and Hub settings."""
+    changed = {}
+    for item in dataclasses.fields(args):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        value, default = (x.value if isinstance(x, enum.Enum) else x for x in (getattr(args, item.name), default))
+        # TrainingArguments turns some of its None into False or [] by itself.
+        same = value == default or not (value or default)
+        plain = isinstance(value, str | int | float | list | tuple) or value is None
+        if plain and not same and not _NOT_HYPERPARAMETERS.fullmatch(item.name):
+            changed[item.name] = value
+    return changed

@@ -1,0 +1,67 @@
+"""Loading a saved cohort, from a folder or the Hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+import hfkd.models  # noqa: F401  registers the hfkd_* model types
+from hfkd.data import Preprocessing
+from hfkd.errors import InputError
+from hfkd.hub.errors import explain
+
+
+_PEER = re.compile(r"student_([1-9]\d*)")
+_FILES = ["*.json", "model*.safetensors", "*.py", "*.yaml"]
+
+
+@dataclass
+class Cohort:
+    """The students of a saved run in their order, what they expect of images, and where they lie on this disk."""
+
+    students: list[PreTrainedModel]
+    preprocessing: Preprocessing
+    folder: Path
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The folder `name`, or a local copy of the Hub repo `name`. Raises `InputError` where there is neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"checkpoint {name!r} is not a folder: give one that holds config.json, or a Hub id")
+    try:
+        patterns = [*_FILES, *(f"student_*/{pattern}" for pattern in _FILES)]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        cause = explain(error, name, huggingface_hub.constants.ENDPOINT)
+        raise InputError(f"checkpoint {name!r} is neither a folder nor a repo that can be fetched: {cause}") from error
+
+
+def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Cohort:
+    """Every student of a saved cohort, in eval mode: the first at the root, its peers in student_1, student_2, ...
+
+    Raises:
+        InputError: nothing there, no image classifier, or code that needs `trust_remote_code`.
+    """
+    folder = fetch(name, revision)
+    peers = [match for match in map(_PEER.fullmatch, (path.name for path in folder.iterdir())) if match]
+    subfolders = ["", *(match.group() for match in sorted(peers, key=lambda match: int(match.group(1))))]
+    try:
+        students = [
+            AutoModelForImageClassification.from_pretrained(
+                folder, subfolder=subfolder, trust_remote_code=trust_remote_code, use_safetensors=True
+            ).eval()
+            for subfolder in subfolders
+        ]
+        processor: Any = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    config = students[0].config
+    preprocessing = Preprocessing.from_image_processor(processor, num_channels=getattr(config, "num_channels", 3))
+    return Cohort(students, preprocessing, folder)

@@ -1,0 +1,77 @@
+"""The networks of a cohort, as options of the command, and the trainer that they make with the data."""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, PreTrainedModel
+
+from hfkd.data import DataArguments, build_sources, load_image_datasets
+from hfkd.errors import InputError
+from hfkd.models import STUDENT_PRESETS, build_student
+from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
+
+from .job import Job
+
+
+@dataclass
+class CohortArguments:
+    """Which students learn together, and whether a frozen teacher replaces their peers."""
+
+    students: list[str] = field(
+        default_factory=lambda: ["resnet8", "resnet8"],
+        metadata={"help": "Presets such as resnet20 or wrn_16_2, folders, or Hub ids, in the order of the cycle."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a trained classifier that teaches all students (offline)."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the students' and the teacher's repositories run their own code."}
+    )
+
+
+def student_seed(seed: int, student: int) -> int:
+    """Seed of a student's fresh weights: no two students share one, within a run or between the seeds of a study."""
+    return 1000 * seed + student
+
+
+def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort: CohortArguments) -> Job:
+    """Load the data, make the students and their trainer. Raises `InputError` for anything that does not fit."""
+    data = load_image_datasets(data_arguments)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    sources = build_sources(data, data_arguments, seed=seed)
+    preprocessing = sources.preprocessing
+    networks = {
+        "class_names": data.columns.class_names or (),
+        "image_size": preprocessing.image_size,
+        "num_channels": preprocessing.num_channels,
+        "trust_remote_code": cohort.trust_remote_code,
+    }
+    students = [
+        build_student(name, seed=student_seed(config.seed, number), **networks)
+        for number, name in enumerate(cohort.students)
+    ]
+    trainer = OnlineAdversarialTrainer(
+        students,
+        args=config,
+        train_dataset=sources.train,
+        eval_dataset=sources.validation,
+        processing_class=preprocessing.to_image_processor(),
+        teacher=_build_teacher(cohort, networks),
+    )
+    return Job(trainer, sources.train, sources.test)
+
+
+def _build_teacher(cohort: CohortArguments, networks: dict) -> PreTrainedModel | None:
+    if cohort.teacher is None:
+        return None
+    if cohort.teacher in STUDENT_PRESETS:
+        raise InputError(f"teacher {cohort.teacher!r} is a preset with fresh weights: give a trained checkpoint")
+    teacher = build_student(cohort.teacher, **networks)
+    # A head for other classes would have been replaced by a fresh one, which has nothing to teach.
+    trained = AutoConfig.from_pretrained(cohort.teacher, trust_remote_code=cohort.trust_remote_code)
+    if trained.num_labels != teacher.config.num_labels:
+        raise InputError(
+            f"teacher {cohort.teacher!r} knows {trained.num_labels} classes and the data has "
+            f"{teacher.config.num_labels}: a teacher must have been trained on the same classes"
+        )
+    return teacher

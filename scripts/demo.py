@@ -1,0 +1,16 @@
+"""`hfkd demo [METHOD]`: from data to card on the embedded digits, offline, in under two minutes on two cores."""
+
+from pathlib import Path
+
+from .methods import METHODS, find_method
+from .parser import OneLineErrors
+
+
+def run(argv: list[str]) -> int:
+    default = next(iter(METHODS.values())).name
+    parser = OneLineErrors(prog="hfkd demo", description=__doc__, allow_abbrev=False)
+    parser.add_argument("method", nargs="?", default=default, help=f"(default: {default})")
+    parser.add_argument("--output_dir", type=Path, default=Path("hfkd-demo"), help="(default: hfkd-demo)")
+    arguments = parser.parse_args(argv)
+    find_method(arguments.method).load("demo")(arguments.output_dir)
+    return 0

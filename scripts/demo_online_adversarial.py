@@ -1,0 +1,121 @@
+"""The demo of AFD: a pair that learns together against the same two students, each on its own."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging
+
+from hfkd.data import DataArguments, load_image_datasets, make_source
+from hfkd.errors import RunError
+from hfkd.evaluation.cohort import cohort_metrics, ensemble_scores
+from hfkd.evaluation.statistics import describe_difference, paired_accuracy_difference
+
+from .checkpoint import load_cohort
+from .evaluate import logits_over
+from .methods import find_method
+from .options import read_yaml
+from .present import percent
+from .train import train
+
+
+METHOD = "online-adversarial"
+# Few labels, and many test images: on the usual split one image decides.
+DATA = {"dataset_name": "digits", "test_size": 1597.0, "validation_size": 0.0}
+# The same students, seeds and batches, without anything between them.
+ALONE = {"kl_weight": 0.0, "feature_loss": "none"}
+# A new process: what a user does who has only the folder.
+RELOAD = """
+import sys
+from transformers import pipeline
+classifier = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
+print(classifier(sys.argv[2], top_k=1)[0]["label"])
+"""
+
+
+def demo(output_dir: Path) -> None:
+    """Train both, compare them on the test images, reload a student, and say where everything lies."""
+    started = time.monotonic()
+    method = find_method(METHOD)
+    settings = {**read_yaml(method.recipes / "digits.yaml"), **DATA, "eval_strategy": "no", "save_strategy": "no"}
+    settings |= {"logging_strategy": "epoch"}
+    logging.disable_progress_bar()
+    print("1/3  training a pair of students that teach each other (AFD) on 200 labelled digits", flush=True)
+    train(method, {**settings, "output_dir": str(output_dir)})
+    print("2/3  training the same two students alone (cross-entropy only)", flush=True)
+    train(method, {**settings, **ALONE, "output_dir": str(output_dir / "alone")})
+    print("3/3  measuring both on the other 1,597 digits, and reloading a student in a new process", flush=True)
+    print(_comparison(output_dir))
+    print(_reload(output_dir))
+    print(_closing(output_dir, time.monotonic() - started))
+
+
+def _comparison(output_dir: Path) -> str:
+    together, labels = _test_logits(output_dir)
+    alone, _ = _test_logits(output_dir / "alone")
+    n = len(labels)
+    ours, theirs = cohort_metrics(list(together.unbind(1)), labels), cohort_metrics(list(alone.unbind(1)), labels)
+    rows = {f"student {k}, with its peer": ours[f"student_{k}_accuracy"] for k in range(together.shape[1])}
+    rows["ensemble of the pair (mean of logits)"] = ours["ensemble_accuracy"]
+    rows |= {f"student {k}, alone": theirs[f"student_{k}_accuracy"] for k in range(alone.shape[1])}
+    rows["ensemble of two that learned alone"] = theirs["ensemble_accuracy"]
+    lines = [f"  {name:<40}{percent(share, n)}" for name, share in rows.items()]
+    pairs = [("the first student with its peer", "the same student alone", together[:, 0], alone[:, 0])]
+    pairs.append(("the ensemble of the pair", "that of two that learned alone", _mean(together), _mean(alone)))
+    words = []
+    for a, b, scores_a, scores_b in pairs:
+        difference = paired_accuracy_difference(_right(scores_a, labels), _right(scores_b, labels))
+        words.append(f"  {describe_difference(difference, a, b)}")
+    return "\n".join(
+        [f"\naccuracy on {n:,} test digits, ± standard error", *lines, "\nin words, for this one seed", *words, ""]
+    )
+
+
+def _test_logits(folder: Path) -> tuple[Tensor, Tensor]:
+    cohort = load_cohort(str(folder))
+    data = load_image_datasets(DataArguments(**DATA))
+    assert data.test is not None  # DATA asks for test images
+    return logits_over(cohort, make_source(data.test, data.columns, cohort.preprocessing), torch.device("cpu"))
+
+
+def _mean(logits: Tensor) -> Tensor:
+    return ensemble_scores(list(logits.unbind(1)))[0]
+
+
+def _right(scores: Tensor, labels: Tensor) -> Any:
+    return (scores.argmax(dim=1) == labels).numpy()
+
+
+def _reload(output_dir: Path) -> str:
+    """Classify one test digit with the saved student in a new process."""
+    data = load_image_datasets(DataArguments(**DATA))
+    assert data.test is not None and data.columns.class_names is not None
+    example = data.test[0]
+    image: Image.Image = example[data.columns.image_column]
+    path = output_dir / "digit.png"
+    image.save(path)
+    command = [sys.executable, "-c", RELOAD, str(output_dir), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        last = result.stderr.strip().rpartition("\n")[2]
+        raise RunError(f"{output_dir}: the saved student could not be loaded in a new process: {last}")
+    truth = data.columns.class_names[example[data.columns.label_column]]
+    return f"  a new process loaded student 0 from {output_dir} and read a {truth} as {result.stdout.strip()}\n"
+
+
+def _closing(output_dir: Path, seconds: float) -> str:
+    return f"""done in {seconds:.0f} s; what lies where:
+  {output_dir}/             student 0, its processor, its code, and the card README.md
+  {output_dir}/student_1/   its peer
+  {output_dir}/run.yaml     every option of the run
+  {output_dir}/alone/       the students that learned alone
+
+try next:
+  hfkd evaluate {output_dir}
+  hfkd train {METHOD} --config {output_dir}/run.yaml --output_dir runs/three --students resnet8 resnet8 resnet14
+  hfkd push {output_dir} YOUR_NAME/digits-afd"""

@@ -1,0 +1,160 @@
+"""`hfkd evaluate CHECKPOINT`: each student of a saved cohort, and their ensemble, on the test images."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hfkd.data import DataArguments, ImageDatasets, ImageSource, load_image_datasets, make_source
+from hfkd.errors import InputError
+from hfkd.evaluation.cohort import cohort_metrics
+from hfkd.evaluation.inference import outputs_over
+from hfkd.evaluation.knn import knn_accuracy
+from hfkd.evaluation.linear_probe import linear_probe_accuracy
+from hfkd.evaluation.metrics import MeanAveragePrecision
+from hfkd.models import ClassifierAdapter
+
+from .checkpoint import Cohort, load_cohort
+from .options import RUN_FILE, build, check_values, read_options, read_yaml
+from .present import describe_accuracies
+from .results import write_atomically
+
+
+@dataclass
+class EvaluateArguments:
+    """How a checkpoint is measured."""
+
+    protocol: Literal["accuracy", "linear-probe", "knn"] = field(
+        default="accuracy",
+        metadata={"help": "accuracy of the students as they are; or of a probe on their frozen pooled features."},
+    )
+    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the checkpoint run its own Python code."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the result to."})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size {self.batch_size} is too small: give at least 1")
+
+
+KINDS = [EvaluateArguments, DataArguments]
+
+
+def run(argv: list[str]) -> int:
+    name = argv[0] if argv and not argv[0].startswith("-") else None
+    values = read_options(KINDS, argv[1:] if name else argv, "hfkd evaluate CHECKPOINT")
+    if name is None:
+        raise InputError("hfkd evaluate needs a checkpoint first: hfkd evaluate FOLDER_OR_HUB_ID [--option value ...]")
+    arguments = build([EvaluateArguments], values)[0]
+    cohort = load_cohort(name, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
+    (data_arguments,) = build([DataArguments], {**_data_of_run(cohort.folder, values), **values})
+    result = evaluate(cohort, load_image_datasets(data_arguments), arguments)
+    print(describe_accuracies(result["metrics"], result["n_test"]))
+    for setting, value in result["settings"].items():
+        print(f"  {setting}: {value}")
+    if arguments.output is not None:
+        write_atomically(Path(arguments.output), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _data_of_run(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The data options that the checkpoint was trained with, unless the user names a data set."""
+    path = folder / RUN_FILE
+    if "dataset_name" in given or not path.is_file():
+        return {}
+    names = {field.name for field in dataclasses.fields(DataArguments)}
+    options = {name: value for name, value in read_yaml(path).items() if name in names}
+    return check_values(options, [DataArguments], str(path))
+
+
+def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) -> dict[str, Any]:
+    """Measure a cohort on the test images.
+
+    Returns `metrics` (as `cohort_metrics` names them; probes give `student_<k>_accuracy`, several labels per image
+    `student_<k>_mean_average_precision`), `n_test`, `protocol`, and the probe's `settings`.
+
+    Raises:
+        InputError: no labelled test images, or other classes than the students know.
+    """
+    if data.test is None or data.columns.label_column is None:
+        raise InputError(
+            f"dataset {data.name!r} has no labelled test images: name some with --test_split or --test_size"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for student in cohort.students:
+        student.to(device)
+    test = make_source(data.test, data.columns, cohort.preprocessing, name="test")
+    settings: dict[str, float] = {}
+    if arguments.protocol == "accuracy":
+        _check_classes(cohort, data)
+        metrics = _accuracies(cohort, test, device, arguments.batch_size)
+    else:
+        if data.columns.multi_label:
+            raise InputError(
+                f"protocol {arguments.protocol!r} needs one label per image, and {data.name!r} has several"
+            )
+        train = make_source(data.train, data.columns, cohort.preprocessing, name="train")
+        metrics, settings = _probes(cohort, train, test, device, arguments)
+    return {"protocol": arguments.protocol, "metrics": metrics, "n_test": len(test), "settings": settings}
+
+
+def logits_over(
+    cohort: Cohort, source: ImageSource, device: torch.device, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, S, K) of the S students over the N images of a labelled source, and its labels."""
+
+    def logits(pixel_values: Tensor) -> Tensor:
+        return torch.stack([student(pixel_values).logits for student in cohort.students], dim=1)
+
+    outputs, labels = outputs_over(source, logits, device, batch_size)
+    assert labels is not None  # checked by the callers
+    return outputs, labels
+
+
+def _accuracies(cohort: Cohort, test: ImageSource, device: torch.device, batch_size: int) -> dict[str, float]:
+    logits, labels = logits_over(cohort, test, device, batch_size)
+    students = list(logits.unbind(dim=1))
+    if labels.dim() == 1:
+        return cohort_metrics(students, labels)
+    return {
+        f"student_{k}_{name}": value
+        for k, scores in enumerate(students)
+        for name, value in MeanAveragePrecision()
+        .compute(predictions=scores.numpy(), references=labels.long().numpy())
+        .items()
+    }
+
+
+def _probes(
+    cohort: Cohort, train: ImageSource, test: ImageSource, device: torch.device, arguments: EvaluateArguments
+) -> tuple[dict[str, float], dict[str, float]]:
+    probe = knn_accuracy if arguments.protocol == "knn" else linear_probe_accuracy
+    metrics, settings = {}, {}
+    for number, student in enumerate(cohort.students):
+        adapter = ClassifierAdapter(student)
+        sides = [
+            outputs_over(source, lambda x, adapter=adapter: adapter(x).pooled, device, arguments.batch_size)
+            for source in (train, test)
+        ]
+        (features, labels), (test_features, test_labels) = sides
+        assert labels is not None and test_labels is not None  # one label column serves all splits
+        metrics[f"student_{number}_accuracy"], settings = probe(features, labels, test_features, test_labels)
+    return metrics, settings
+
+
+def _check_classes(cohort: Cohort, data: ImageDatasets) -> None:
+    known = [cohort.students[0].config.id2label[number] for number in range(cohort.students[0].config.num_labels)]
+    names = list(data.columns.class_names or ())
+    if len(known) != len(names):
+        raise InputError(
+            f"the checkpoint knows {len(known)} classes and {data.name!r} has {len(names)}: evaluate on the data it "
+            "was trained for, or use --protocol linear-probe"
+        )
+    if known != names:
+        print(f"hfkd: note: class names differ, and are matched by position: {known} and {names}", file=sys.stderr)

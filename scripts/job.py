@@ -1,0 +1,15 @@
+"""What a method's set-up hands to `hfkd train`."""
+
+from dataclasses import dataclass
+
+from hfkd.data import ImageSource
+from hfkd.trainers.base import DistillationTrainer
+
+
+@dataclass
+class Job:
+    """A trainer that is ready to train, its training images, and the images that it is measured on at the end."""
+
+    trainer: DistillationTrainer
+    train: ImageSource
+    test: ImageSource | None

@@ -1,0 +1,80 @@
+"""The methods that the command knows, each by its stem. Nothing of a method is imported before it is asked for."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfkd.errors import InputError
+
+from .suggest import nearest
+
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _load(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a method's parts are, as `module:name`.
+
+    `config`: its Config dataclass. `setup`: the dataclass of its own options for the command (which networks).
+    `build`: `build(config, data, setup) -> Job`, which loads the data and makes the Trainer. `benchmark` and `demo`:
+    functions behind the subcommands of these names.
+    """
+
+    stem: str
+    summary: str
+    config: str
+    setup: str
+    build: str
+    benchmark: str
+    demo: str
+
+    @property
+    def name(self) -> str:
+        """The stem as it is written on a command line, with dashes."""
+        return self.stem.replace("_", "-")
+
+    @property
+    def recipes(self) -> Path:
+        return RECIPES / self.stem
+
+    def dataclasses(self) -> list[type]:
+        """Config, data options and set-up, in the order in which `--help` shows them."""
+        return [_load(self.setup), _load("hfkd.data:DataArguments"), _load(self.config)]
+
+    def load(self, part: str) -> Any:
+        """The object behind `build`, `benchmark` or `demo`."""
+        return _load(getattr(self, part))
+
+
+METHODS = {
+    method.stem: method
+    for method in [
+        Method(
+            stem="online_adversarial",
+            summary="AFD: a cohort whose students teach each other logits and feature-map distributions",
+            config="hfkd.trainers.online_adversarial:OnlineAdversarialConfig",
+            setup="hfkd.scripts.cohort:CohortArguments",
+            build="hfkd.scripts.cohort:build",
+            benchmark="hfkd.scripts.benchmark_online_adversarial:benchmark",
+            demo="hfkd.scripts.demo_online_adversarial:demo",
+        ),
+    ]
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of this stem, dashes or underscores. Raises `InputError` that suggests the nearest."""
+    stem = name.replace("-", "_")
+    if stem not in METHODS:
+        known = [method.name for method in METHODS.values()]
+        raise InputError(
+            f"unknown method {name!r}{nearest(name.replace('_', '-'), known)}; methods: {', '.join(known)}."
+        )
+    return METHODS[stem]

@@ -1,0 +1,31 @@
+"""Measured numbers as a person reads them."""
+
+from collections.abc import Mapping
+
+from hfkd.evaluation.statistics import proportion
+
+
+def percent(share: float, n: int) -> str:
+    """`97.31 ± 0.40 %`: a share of n images with its standard error."""
+    estimate = proportion(share, n)
+    return f"{100 * estimate.value:.2f} ± {100 * estimate.standard_error:.2f} %"
+
+
+def accuracy_rows(metrics: Mapping[str, float], n: int) -> dict[str, str]:
+    """The accuracies among `metrics`, by what they are called, in the metrics' order."""
+    rows = {}
+    for name, value in metrics.items():
+        if name.endswith(("accuracy", "top5")) and not name.startswith("discriminator"):
+            label = name.replace("ensemble_prob_accuracy", "ensemble_of_probabilities")
+            label = label.replace("ensemble_accuracy", "ensemble_of_logits").replace("_accuracy", "")
+            # The students of a mean were measured on the same images: a proportion's error is not its own.
+            text = f"{100 * value:.2f} %" if label == "mean" else percent(value, n)
+            rows[label.replace("_", " ").replace("top5", "top-5")] = text
+    return rows
+
+
+def describe_accuracies(metrics: Mapping[str, float], n: int) -> str:
+    """One line per accuracy, with the standard error that n test images leave."""
+    rows = accuracy_rows(metrics, n)
+    width = max(map(len, rows), default=0) + 2
+    return "\n".join([f"accuracy on {n:,} test images", *(f"  {name:<{width}}{text}" for name, text in rows.items())])

@@ -1,0 +1,148 @@
+"""What a study file says: arms over a common recipe, times seeds."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfkd.errors import InputError
+
+from .methods import Method, find_method
+from .options import build, check_values, read_yaml
+from .suggest import nearest
+
+
+KEYS = ("name", "method", "recipe", "settings", "arms", "seeds", "reference", "metrics")
+SET_BY_STUDY = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, and every option it is trained with."""
+
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Its place below the study's folder of runs."""
+        return Path(self.arm) / f"seed_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked: every arm is known to make a valid configuration before the first run starts."""
+
+    name: str
+    method: Method
+    arms: dict[str, dict[str, Any]]
+    seeds: list[int]
+    reference: str
+    metrics: list[str]
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, seed by seed, so that the arms can be compared as early as possible.
+
+        The arms of one seed share initialisation and data order.
+        """
+        for seed in self.seeds:
+            for arm, settings in self.arms.items():
+                yield Run(arm, seed, {**settings, "seed": seed, "data_seed": seed})
+
+    @property
+    def dataset(self) -> str:
+        """The data's name for the results: of a local folder only its last part."""
+        (data_arguments,) = (kind for kind in self.method.dataclasses() if kind.__name__ == "DataArguments")
+        default = next(field.default for field in dataclasses.fields(data_arguments) if field.name == "dataset_name")
+        name = str(next(iter(self.arms.values())).get("dataset_name", default))
+        return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Its keys: `method`; `arms` (name: options that differ); `seeds`; and optionally `name` (the recipe's name in the
+    results; default: the file's), `recipe` (a shipped recipe or a YAML file beside the study), `settings` (options of
+    all arms, over the recipe), `reference` (the arm that others are compared with; default: the first) and `metrics`
+    (of the table and the figure; default: mean and ensemble accuracy).
+
+    Raises:
+        InputError: an unknown key, option, method or reference, or an arm whose configuration is refused.
+    """
+    content = read_yaml(path)
+    for key in content:
+        if key not in KEYS:
+            raise InputError(f"{path}: unknown key {key!r}{nearest(key, KEYS)}; keys: {', '.join(KEYS)}.")
+    missing = [key for key in ("method", "arms", "seeds") if not content.get(key)]
+    if missing:
+        raise InputError(f"{path}: {missing[0]!r} is missing or empty; a study needs method, arms and seeds.")
+    method = find_method(str(content["method"]))
+    common = {**_read_recipe(content.get("recipe"), method, path), **_mapping(content, "settings", path)}
+    overrides = _mapping(content, "arms", path)
+    arms = {}
+    for arm in overrides:
+        _check_folder_name(arm, path)
+        arms[arm] = _check_arm(method, {**common, **_mapping(overrides, arm, path)}, f"{path}: arm {arm!r}")
+    reference = content.get("reference", next(iter(arms)))
+    if reference not in arms:
+        raise InputError(f"{path}: reference {reference!r} is no arm{nearest(str(reference), arms)}.")
+    return Study(
+        name=str(content.get("name", path.stem)),
+        method=method,
+        arms=arms,
+        seeds=_list(content, "seeds", int, path),
+        reference=reference,
+        metrics=_list({"metrics": ["mean_accuracy", "ensemble_accuracy"], **content}, "metrics", str, path),
+    )
+
+
+def _read_recipe(name: Any, method: Method, path: Path) -> dict[str, Any]:
+    if name is None:
+        return {}
+    candidates = [path.parent / str(name), method.recipes / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return read_yaml(candidate)
+    shipped = [recipe.stem for recipe in sorted(method.recipes.glob("*.yaml"))]
+    raise InputError(
+        f"{path}: recipe {name!r} is neither a file beside it nor shipped{nearest(str(name), shipped)}; "
+        f"shipped: {', '.join(shipped) or 'none'}."
+    )
+
+
+def _check_arm(method: Method, settings: dict[str, Any], source: str) -> dict[str, Any]:
+    for name in SET_BY_STUDY:
+        if name in settings:
+            raise InputError(f"{source}: {name} is set by the study itself; leave it out.")
+    kinds = method.dataclasses()
+    checked = check_values(settings, kinds, source)
+    try:
+        build(kinds, checked)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return checked
+
+
+def _check_folder_name(arm: str, path: Path) -> None:
+    if not arm or not all(character.isalnum() or character in "-_.+" for character in arm) or arm.startswith("."):
+        raise InputError(f"{path}: arm {arm!r} names a folder: use letters, digits, '-', '_', '+' and '.'.")
+
+
+def _mapping(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = content.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{path}: {key}: {value!r} is not a mapping of names to values.")
+    return value
+
+
+def _list(content: dict[str, Any], key: str, kind: type, path: Path) -> list[Any]:
+    value = content[key]
+    if not isinstance(value, list) or not value or not all(type(item) is kind for item in value):
+        raise InputError(f"{path}: {key}: {value!r} is not a list ([a, b]) of {kind.__name__} values.")
+    if len(set(value)) < len(value):
+        raise InputError(f"{path}: {key}: {value!r} names one twice.")
+    return value
