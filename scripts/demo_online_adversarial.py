@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
 from hfkd.data import DataArguments, load_image_datasets, make_source
 from hfkd.errors import RunError
@@ -19,7 +18,6 @@ from hfkd.evaluation.statistics import describe_difference, paired_accuracy_diff
 from .checkpoint import load_cohort
 from .evaluate import logits_over
 from .methods import find_method
-from .options import read_yaml
 from .present import percent
 from .train import train
 
@@ -27,6 +25,14 @@ from .train import train
 METHOD = "online-adversarial"
 # Few labels, and many test images: on the usual split one image decides.
 DATA = {"dataset_name": "digits", "test_size": 1597.0, "validation_size": 0.0}
+SETTINGS = {
+    "num_train_epochs": 80.0,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 0.05,
+    "logging_strategy": "epoch",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+}
 # The same students, seeds and batches, without anything between them.
 ALONE = {"kl_weight": 0.0, "feature_loss": "none"}
 # A new process: what a user does who has only the folder.
@@ -42,13 +48,11 @@ def demo(output_dir: Path) -> None:
     """Train both, compare them on the test images, reload a student, and say where everything lies."""
     started = time.monotonic()
     method = find_method(METHOD)
-    settings = {**read_yaml(method.recipes / "digits.yaml"), **DATA, "eval_strategy": "no", "save_strategy": "no"}
-    settings |= {"logging_strategy": "epoch"}
-    logging.disable_progress_bar()
+    settings = {**DATA, **SETTINGS}
     print("1/3  training a pair of students that teach each other (AFD) on 200 labelled digits", flush=True)
-    train(method, {**settings, "output_dir": str(output_dir)})
+    train(method, {**settings, "output_dir": str(output_dir)}, show_logs=False)
     print("2/3  training the same two students alone (cross-entropy only)", flush=True)
-    train(method, {**settings, **ALONE, "output_dir": str(output_dir / "alone")})
+    train(method, {**settings, **ALONE, "output_dir": str(output_dir / "alone")}, show_logs=False)
     print("3/3  measuring both on the other 1,597 digits, and reloading a student in a new process", flush=True)
     print(_comparison(output_dir))
     print(_reload(output_dir))

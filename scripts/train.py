@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hfkd.errors import InputError
@@ -25,7 +25,6 @@ def run(argv: list[str]) -> int:
         if argv and argv[0] in ("-h", "--help"):
             return 0
         raise InputError(f"hfkd train needs a method first: {', '.join(m.name for m in METHODS.values())}.")
-    logging.disable_progress_bar()  # one for each weights file; that of the training stays
     method = find_method(argv[0])
     values = read_options(method.dataclasses(), argv[1:], f"hfkd train {method.name}", method.recipes)
     results = train(method, values)
@@ -40,17 +39,21 @@ def _usage() -> str:
     return f"usage: hfkd train METHOD [--config FILE.yaml] [--option value ...]\n\nmethods:\n{methods}"
 
 
-def train(method: Method, values: dict[str, Any]) -> dict[str, Any]:
+def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dict[str, Any]:
     """One run from its options: what `test_results.json` in `output_dir` holds when all is saved.
 
-    That is `metrics` (on the test images; empty where the data has none), `n_train`, `n_test`, and `wall_s`, the
+    Without `show_logs` there is a progress bar and no line for each log. The result is `metrics` (on the test images; empty where the data has none), `n_train`, `n_test`, and `wall_s`, the
     seconds of training, or None for a resumed run.
     """
+    logging.disable_progress_bar()  # one for each weights file; that of the training stays
     kinds = method.dataclasses()
     setup, data_arguments, config = build(kinds, values)
     job: Job = method.load("build")(config, data_arguments, setup)
     trainer = job.trainer
     trainer.add_callback(_WriteRunFile(method.name, resolved(kinds, values)))
+    if not show_logs:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_BarWithoutLogs())
     resume = _resume_from(config.resume_from_checkpoint)
     outcome = trainer.train(resume_from_checkpoint=resume)
     metrics = {}
@@ -79,6 +82,10 @@ class _WriteRunFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             write_run_file(Path(args.output_dir), self.method, self.options)
+
+
+class _BarWithoutLogs(ProgressCallback):
+    def on_log(self, *_: Any, **__: Any) -> None: ...
 
 
 def _resume_from(value: str | None) -> str | bool | None:

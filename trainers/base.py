@@ -109,7 +109,9 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         if args.sync_batchnorm and args.device.type != "cuda":
             raise InputError("sync_batchnorm=True needs CUDA: leave it out, batch norm is then per rank")
         if args.n_gpu > 1:
-            raise InputError(f"{args.n_gpu} GPUs in one process are not supported: launch with torchrun, a process each")
+            raise InputError(
+                f"{args.n_gpu} GPUs in one process are not supported: launch with torchrun, a process each"
+            )
 
     # -- what a method defines -----------------------------------------------------------------------------------
 
@@ -134,12 +136,15 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         """
         raise NotImplementedError
 
-    def evaluation_step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits (N, S, K) of the S students on a batch; called in eval mode and without gradients."""
+    def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`logits` (N, S, K) of the S students, and whatever else is measured on each of the N images, as (N, ...).
+
+        Called in eval mode, without gradients and under autocast.
+        """
         raise NotImplementedError
 
-    def evaluation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Metrics, without prefix, of all logits (N, S, K) and labels (N, ...) of a split, on the CPU."""
+    def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+        """Metrics, without prefix, of a whole split: what `evaluation_step` gave and labels (N, ...), on the CPU."""
         raise NotImplementedError
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -360,8 +365,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         was_training = self.model.training
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        self.start_evaluation()
-        logits, labels = [], []
+        parts: list[tuple[dict[str, Tensor], Tensor]] = []
         with torch.no_grad():
             for inputs in dataloader:
                 batch = self._materialise(dataloader.dataset, inputs)
@@ -369,24 +373,22 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
                     raise InputError("the evaluation split has no labels: choose a labelled one")
                 with self.autocast():
                     outputs = self.evaluation_step(batch)
-                gathered = self.accelerator.gather_for_metrics((outputs.to(torch.float32), batch["labels"]))
-                logits.append(gathered[0].cpu())
-                labels.append(gathered[1].cpu())
+                # Each image once, though the last batch of several ranks repeats some.
+                gathered = self.accelerator.gather_for_metrics((outputs, batch["labels"]))
+                parts.append(({name: value.cpu() for name, value in gathered[0].items()}, gathered[1].cpu()))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            all_logits, all_labels = torch.cat(logits), torch.cat(labels)
-            metrics = self.evaluation_metrics(all_logits, all_labels)
+        all_outputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
+        all_labels = torch.cat([labels for _, labels in parts])
+        metrics = self.evaluation_metrics(all_outputs, all_labels)
         self.model.train(was_training)
         self.measured[dataloader.dataset.name] = {f"eval_{name}": value for name, value in metrics.items()}
         self.measured[dataloader.dataset.name]["images"] = len(all_labels)
         return EvalLoopOutput(
-            predictions=all_logits[:, 0].numpy(),
+            predictions=all_outputs["logits"][:, 0].float().numpy(),
             label_ids=all_labels.numpy(),
             metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
             num_samples=len(all_labels),
         )
-
-    def start_evaluation(self) -> None:
-        """Called before the first batch of each evaluation, to reset what a method accumulates over batches."""
 
 
 def image_size(dataset: Any, processing_class: Any, config: Any) -> int:

@@ -213,7 +213,10 @@ class Checkpointing(Trainer):
 
     def check_weights_finite(self) -> None:
         """Raise RunError if a weight or buffer of a network that is to be saved is not finite."""
-        for name, tensor in (*self.model.students.state_dict().items(), *self.model.training_only.state_dict().items()):
+        for name, tensor in (
+            *self.model.students.state_dict().items(),
+            *self.model.training_only.state_dict().items(),
+        ):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise RunError(
                     f"step {self.state.global_step}: {name} is not finite, nothing was saved: "
@@ -233,7 +236,9 @@ def move_into(folder: Path, target: Path) -> None:
 
 def _load_strictly(student: PreTrainedModel, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no saved student: the checkpoint was made with other students than this run's")
+        raise InputError(
+            f"{folder} holds no saved student: the checkpoint was made with other students than this run's"
+        )
     try:
         loaded, info = type(student).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, RuntimeError, ValueError) as error:

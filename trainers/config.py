@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -87,17 +88,20 @@ class DistillationConfig(TrainingArguments):
         default=2, metadata={"help": "Checkpoints kept beside the best one; a cohort has many networks."}
     )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers, as in transformers."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, as in transformers."})
 
     momentum: float = field(default=0.9, metadata={"help": "Momentum of optim=sgd, in [0, 1)."})
     nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum of optim=sgd (inferred: off)."})
     lr_milestones: list[float] = field(
         default_factory=list,
-        metadata={"help": "Fractions of the run, in (0, 1), at which the main learning rate is multiplied by lr_gamma."},
+        metadata={
+            "help": "Fractions of the run, in (0, 1), at which the main learning rate is multiplied by lr_gamma."
+        },
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor at each milestone, of every optimizer."})
     channels_last: bool = field(
-        default=False, metadata={"help": "NHWC memory layout: with bf16 about twice as fast where the CPU or GPU has it."}
+        default=False,
+        metadata={"help": "NHWC memory layout: with bf16 about twice as fast where the CPU or GPU has it."},
     )
     license: str | None = field(
         default="apache-2.0", metadata={"help": "Licence of the weights, for the card: an identifier of the Hub."}
@@ -108,6 +112,8 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_ignored_fields()
+        # TrainingArguments refuses bf16 on a machine without an accelerator unless this is said.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.lr_scheduler_type = _choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.optim = _choice("optim", self.optim, OPTIMIZERS)
         super().__post_init__()
@@ -139,7 +145,9 @@ class DistillationConfig(TrainingArguments):
         defaults = {f.name: _default(f) for f in fields(type(self))}
         for name in ignored:
             if getattr(self, name) != defaults[name]:
-                raise InputError(f"{name}={getattr(self, name)} has no effect with optim={self.optim.value}: leave it out")
+                raise InputError(
+                    f"{name}={getattr(self, name)} has no effect with optim={self.optim.value}: leave it out"
+                )
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise InputError(
                 f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type=constant: "

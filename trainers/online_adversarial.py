@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hfkd.data import Augmentation
 from hfkd.errors import InputError
 from hfkd.evaluation.cohort import cohort_metrics
-from hfkd.evaluation.similarity import FeatureMapSimilarity, discriminator_accuracy
+from hfkd.evaluation.similarity import discriminator_accuracy, map_distances
 from hfkd.losses.online_adversarial import (
     GAN_LOSSES,
     alignment_loss,
@@ -89,9 +89,12 @@ class OnlineAdversarialConfig(DistillationConfig):
         default="post_activation", metadata={"help": "The map: post_activation or pre_activation of the last block."}
     )
 
-    gan_loss: str = field(default="lsgan_sigmoid", metadata={"help": f"One of {', '.join(GAN_LOSSES)} (paper: first)."})
+    gan_loss: str = field(
+        default="lsgan_sigmoid", metadata={"help": f"One of {', '.join(GAN_LOSSES)} (paper: first)."}
+    )
     discriminator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of Adam on the discriminators; None: feature_learning_rate (paper: the same)."}
+        default=None,
+        metadata={"help": "Of Adam on the discriminators; None: feature_learning_rate (paper: the same)."},
     )
     discriminator_norm: str = field(
         default="batch", metadata={"help": "In the discriminators: batch, instance or none (inferred: batch)."}
@@ -429,19 +432,25 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                     features.append(adapter(teacher.renormalize(pixel_values)))
         return features
 
+    @property
+    def _learners(self) -> range:
+        return range(len(self.model.students))
+
     def _source_of(self, student: int) -> int:
         """Whom `student` learns from, as an index into features and maps."""
         count = len(self.model.students)
         return count if len(self.model.teachers) else previous(student, count)
 
-    def _logit_losses(self, features: list[ClassifierFeatures], labels: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _logit_losses(
+        self, features: list[ClassifierFeatures], labels: Tensor
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """L_logit^k = CE(y, softmax(z_k)) + T^2 KL(softmax(z_prev(k) / T) || softmax(z_k / T)) (paper, eq. 13)."""
         args = self.args
         weight = args.kl_weight * kl_rampup(self.state.epoch or 0.0, args.kl_rampup_epochs)
         logits = [_full_precision(f.logits) for f in features]
         count = len(self.model.students)
         losses, parts = [], {}
-        for k in range(count):
+        for k in self._learners:
             loss = parts[f"student_{k}_ce"] = F.cross_entropy(logits[k], labels)
             if weight > 0:
                 everyone = args.logit_source == "all" and not len(self.model.teachers)
@@ -475,17 +484,19 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                 alignment_loss(
                     _full_precision(maps[k]), _full_precision(maps[self._source_of(k)]), power, args.feature_normalize
                 )
-                for k in range(len(self.model.students))
+                for k in self._learners
             ]
         return [
-            generator_loss(self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)[1], args.gan_loss)  # type: ignore[arg-type]
-            for k in range(len(self.model.students))
+            generator_loss(
+                self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)[1], args.gan_loss
+            )  # type: ignore[arg-type]
+            for k in self._learners
         ]
 
     def _discriminator_losses(self, maps: list[Tensor]) -> list[Tensor]:
         """L_D^k = (1 - D_k(f_prev(k)))^2 + D_k(f_k)^2 (paper, eq. 14), on detached maps."""
         losses = []
-        for k in range(len(self.model.students)):
+        for k in self._learners:
             real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
             loss = discriminator_loss(real, fake, self.args.gan_loss)  # type: ignore[arg-type]
             judged = discriminator_accuracy(real, fake, undecided_score(self.args.gan_loss))  # type: ignore[arg-type]
@@ -506,46 +517,40 @@ class OnlineAdversarialTrainer(DistillationTrainer):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def start_evaluation(self) -> None:
-        count = len(self.model.students)
-        pairs = {(k, self._source_of(k)) for k in range(count)}
-        # The pair (0, 1) and the pair (1, 0) are one.
-        self._similarities = {pair: FeatureMapSimilarity() for pair in {tuple(sorted(pair)) for pair in pairs}}
-        self._judged: list[Tensor] = []
+    @property
+    def _compared(self) -> list[tuple[int, int]]:
+        """Who learns from whom, each pair once: in a cohort of two, (0, 1) and (1, 0) are one."""
+        return sorted({(min(k, j), max(k, j)) for k in self._learners for j in [self._source_of(k)] if j != k})
 
-    def evaluation_step(self, batch: dict[str, Tensor]) -> Tensor:
+    def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self._features(batch["pixel_values"])
-        count = len(self.model.students)
-        if "transfer" in self.model.training_only:
-            maps = self._maps(features)
-        else:
-            maps = [f.feature_map for f in features]
-        for (a, b), similarity in self._similarities.items():
+        outputs = {"logits": torch.stack([_full_precision(features[k].logits) for k in self._learners], dim=1)}
+        transferred = "transfer" in self.model.training_only
+        maps = self._maps(features) if transferred else [f.feature_map for f in features]
+        for a, b in self._compared:
             if maps[a].shape == maps[b].shape:
-                similarity.update(maps[a], maps[b])
+                outputs[f"maps_{a}_{b}"] = map_distances(maps[a], maps[b])
+        # Discriminators with batch norm cannot judge a single map.
         if self._adversarial and len(maps[0]) > 1:
-            judged = [
-                discriminator_accuracy(
-                    *self._scores(k, maps[self._source_of(k)], maps[k]),
-                    undecided_score(self.args.gan_loss),  # type: ignore[arg-type]
-                )["accuracy"]
-                for k in range(count)
-            ]
-            self._judged.append(torch.stack(judged))
-        return torch.stack([_full_precision(f.logits) for f in features[:count]], dim=1)
+            undecided = undecided_score(self.args.gan_loss)  # type: ignore[arg-type]
+            for k in self._learners:
+                real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
+                right = torch.stack([real > undecided, fake < undecided], dim=1).flatten(1)
+                outputs[f"discriminator_{k}"] = right.float().mean(dim=1)
+        return outputs
 
-    def evaluation_metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
         """Accuracies of the students and their ensembles, `loss` (mean CE), map similarities, D accuracies."""
-        students = list(logits.unbind(dim=1))
+        students = list(outputs["logits"].unbind(dim=1))
         metrics = {"loss": torch.stack([F.cross_entropy(z, labels) for z in students]).mean().item()}
         metrics |= cohort_metrics(students, labels)
-        for (a, b), similarity in self._similarities.items():
-            if similarity.samples:
-                other = "teacher" if b == len(students) else str(b)
-                metrics |= {f"maps_{a}_{other}_{name}": value for name, value in similarity.compute().items()}
-        if self._judged:
-            accuracies = torch.stack(self._judged).mean(dim=0).tolist()
-            metrics |= {f"discriminator_{k}_accuracy": value for k, value in enumerate(accuracies)}
+        for name, values in outputs.items():
+            if name.startswith("maps_"):
+                name = name if len(self.model.teachers) == 0 else name.rpartition("_")[0] + "_teacher"
+                l1, l2, cosine = values.mean(dim=0).tolist()
+                metrics |= {f"{name}_l1": l1, f"{name}_l2": l2, f"{name}_cosine": cosine}
+            elif name.startswith("discriminator_"):
+                metrics[f"{name}_accuracy"] = values.mean().item()
         return metrics
 
 

@@ -34,11 +34,8 @@ class FeatureMapSimilarity:
                 f"Feature maps of shape {tuple(a.shape)} and {tuple(b.shape)}: similarity needs one shape (N, ...); "
                 "compare students of one architecture, or their maps after the transfer layers."
             )
-        a, b = a.detach().flatten(1).double(), b.detach().flatten(1).double()
-        difference = a - b
-        per_sample = (difference.abs().mean(1), difference.square().mean(1), F.cosine_similarity(a, b, dim=1))
         # Stays on the maps' device: no synchronisation per batch.
-        self._sums = self._sums.to(a.device) + torch.stack([values.sum() for values in per_sample])
+        self._sums = self._sums.to(a.device) + map_distances(a, b).sum(dim=0)
         self.samples += len(a)
 
     def compute(self) -> dict[str, float]:
@@ -47,6 +44,15 @@ class FeatureMapSimilarity:
             raise InputError("Feature-map similarity of no samples: call update(a, b) first.")
         l1, l2, cosine = (self._sums / self.samples).tolist()
         return {"l1": l1, "l2": l2, "cosine": cosine}
+
+
+def map_distances(a: Tensor, b: Tensor) -> Tensor:
+    """`l1`, `l2` and `cosine` (see `FeatureMapSimilarity`) of each of N samples, float64 (N, 3), without gradient."""
+    a, b = a.detach().flatten(1).double(), b.detach().flatten(1).double()
+    difference = a - b
+    return torch.stack(
+        [difference.abs().mean(1), difference.square().mean(1), F.cosine_similarity(a, b, dim=1)], dim=1
+    )
 
 
 def feature_map_similarity(a: Tensor, b: Tensor) -> dict[str, float]:

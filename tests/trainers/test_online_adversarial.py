@@ -215,7 +215,9 @@ def test_logit_only_pair_is_deep_mutual_learning(make_trainer, tmp_path):
     cycle = trained(make_trainer, tmp_path, "a", feature_loss="none", max_steps=4)
     everyone = trained(make_trainer, tmp_path, "b", feature_loss="none", logit_source="all", max_steps=4)
     assert_equal(cycle, everyone)
-    three = [trained(make_trainer, tmp_path, name, 3, feature_loss="none", logit_source=name) for name in ("all", "cycle")]
+    three = [
+        trained(make_trainer, tmp_path, name, 3, feature_loss="none", logit_source=name) for name in ("all", "cycle")
+    ]
     assert any(not torch.equal(three[0][key], three[1][key]) for key in three[0])
 
 
@@ -322,7 +324,9 @@ def test_updates_survive_anomaly_mode(make_trainer):
         make_trainer(max_steps=3, discriminator_batch="joint", update_order="generator_first").train()
 
 
-@pytest.mark.parametrize("setting", ["adversarial", "l1", "l2", "main", "joint", "linear", "offline", "cycle of three"])
+@pytest.mark.parametrize(
+    "setting", ["adversarial", "l1", "l2", "main", "joint", "linear", "offline", "cycle of three"]
+)
 def test_every_arm_descends(make_trainer, setting):
     config, teacher = {"learning_rate": 0.1, "lr_milestones": []}, None
     students = [tiny_resnet(s, width=16) for s in (0, 1)]

@@ -62,7 +62,10 @@ def test_resume_is_exact_at_every_step(straight, tmp_path, step, workers):
 
 
 def test_resume_is_exact_with_accumulation(tmp_path):
-    settings = {"per_device_train_batch_size": 20, "gradient_accumulation_steps": 3}  # 10 batches: a ragged last update
+    settings = {
+        "per_device_train_batch_size": 20,
+        "gradient_accumulation_steps": 3,
+    }  # 10 batches: a ragged last update
     whole = in_a_process(tmp_path / "whole", **settings)
     resumed = resume_from(whole, 6, tmp_path, **settings)
     assert differences(whole / f"checkpoint-{STEPS}", resumed / f"checkpoint-{STEPS}") == []

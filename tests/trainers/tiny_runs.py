@@ -15,7 +15,11 @@ NO_AUGMENTATION = Augmentation()
 def digit_sources():
     """200 digits to train on, augmented by crops, and 100 to test on."""
     arguments = DataArguments(
-        test_split="train[1000:1100]", train_split="train[:200]", validation_size=0, augmentation="crop", crop_padding=1
+        test_split="train[1000:1100]",
+        train_split="train[:200]",
+        validation_size=0,
+        augmentation="crop",
+        crop_padding=1,
     )
     return build_sources(load_image_datasets(arguments), arguments)
 

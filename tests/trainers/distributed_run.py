@@ -1,0 +1,56 @@
+"""One rank of a run, to be started in processes of its own; the ranks talk by gloo."""
+
+import os
+from pathlib import Path
+
+import torch
+from tiny_runs import digit_sources, tiny_resnet
+
+from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
+
+
+def rank_run(rank, world, port, output_dir, results, settings):
+    """Trains; rank r writes its final parameters and its last log to `results`/r.pt."""
+    settings = dict(settings)
+    options = {name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil")}
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    if world == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    torch.set_num_threads(1)
+    dtype = getattr(torch, options["dtype"] or "float32")
+    students = [tiny_resnet(s, norm=options["norm"] or "batch", dtype=dtype) for s in range(2)]
+    config = {
+        "max_steps": 6,
+        "learning_rate": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_drop_last": True,
+        "feature_learning_rate": 1e-3,
+    }
+    sources = digit_sources()
+    trainer = OnlineAdversarialTrainer(
+        students,
+        OnlineAdversarialConfig(str(output_dir), **(config | settings)),
+        train_dataset=sources.train,
+        eval_dataset=sources.test,
+    )
+    trainer.model.training_only.to(dtype)
+    if options["spoil"] and rank == 1:
+        with torch.no_grad():
+            next(trainer.model.students.parameters()).add_(1e-3)
+    try:
+        trainer.train(resume_from_checkpoint=options["resume"])
+    except RuntimeError as error:
+        torch.save({"error": str(error)}, Path(results) / f"{rank}.pt")
+        return
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    metrics = trainer.evaluate()
+    saved = {"weights": dict(trainer.model.state_dict()), "logs": logs, "metrics": metrics}
+    torch.save(saved, Path(results) / f"{rank}.pt")

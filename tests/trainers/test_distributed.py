@@ -1,0 +1,87 @@
+"""Two gloo processes are one process with the joined batch; ranks stay equal, resume exactly, and drifting is caught."""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+from distributed_run import rank_run
+
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["hfkd.trainers.online_adversarial", "sklearn.datasets"])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(world, output_dir, results, **settings):
+    """Run `world` ranks to the end; what each of them wrote."""
+    results.mkdir()
+    port = free_port()
+    ranks = [
+        processes.Process(target=rank_run, args=(rank, world, port, output_dir, results, settings))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def assert_same(a, b, atol=0.0):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"feature_loss": "l1", "max_grad_norm": 0.1}, {"gradient_accumulation_steps": 2}],
+    ids=["adversarial", "alignment with clipping", "accumulation"],
+)
+def test_two_processes_equal_one(tmp_path, settings):
+    # float64, and no statistics of a batch: what remains is what the ranks must agree on.
+    common = {"norm": "group", "dtype": "float64", "discriminator_norm": "none", **settings}
+    per_rank = 25 // settings.get("gradient_accumulation_steps", 1) // 5 * 5
+    (one,) = launch(1, tmp_path / "a", tmp_path / "one", per_device_train_batch_size=2 * per_rank, **common)
+    two = launch(2, tmp_path / "b", tmp_path / "two", per_device_train_batch_size=per_rank, **common)
+    assert_same(two[0]["weights"], two[1]["weights"])
+    assert_same(one["weights"], two[0]["weights"], atol=1e-11)
+    for alone, together in zip(one["logs"], two[0]["logs"], strict=True):
+        for name in ("loss", "grad_norm", "student_0_ce", "student_1_feature"):
+            assert alone[name] == pytest.approx(together[name], rel=1e-5), name
+    for name, value in one["metrics"].items():
+        if name.endswith(("accuracy", "loss")):
+            assert two[1]["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    """Batch norm is per rank, yet both go on with rank 0's statistics after a save, as a resumed run does."""
+    settings = {"per_device_train_batch_size": 25, "save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    straight = launch(2, tmp_path / "run", tmp_path / "straight", **settings)
+    checkpoint = str(tmp_path / "run/checkpoint-3")
+    resumed = launch(2, tmp_path / "again", tmp_path / "resumed", resume=checkpoint, **settings)
+    for rank in range(2):
+        assert_same(straight[rank]["weights"], resumed[rank]["weights"])
+    assert_same(straight[0]["weights"], straight[1]["weights"])
+
+
+def test_drifting_ranks_are_stopped(tmp_path):
+    outcomes = launch(2, tmp_path / "run", tmp_path / "results", per_device_train_batch_size=25, spoil=True)
+    for outcome in outcomes:
+        assert "the ranks' parameters differ" in outcome["error"]
+
+
+def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(tmp_path):
+    settings = {"per_device_train_batch_size": 25, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    launch(2, tmp_path / "run", tmp_path / "two", **settings)
+    from hfkd.errors import InputError
+
+    with pytest.raises(InputError, match="launch 2"):
+        rank_run(0, 1, 0, tmp_path / "again", tmp_path, settings | {"resume": str(tmp_path / "run/checkpoint-1")})
