@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from .methods import METHODS, find_method
-from .parser import OneLineErrors
+from .parser import Parser
 from .timing import append_measured
 
 
 def run(argv: list[str]) -> int:
     names = ", ".join(method.name for method in METHODS.values())
-    parser = OneLineErrors(prog="hfkd benchmark", description=__doc__, allow_abbrev=False)
+    parser = Parser("benchmark", __doc__)
     parser.add_argument("method", help=f"one of {names}")
     parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured (default: 20)")
     parser.add_argument("--output", type=Path, help="CSV file to append the rows to")

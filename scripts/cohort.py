@@ -1,6 +1,7 @@
 """The networks of a cohort, as options of the command, and the trainer that they make with the data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
@@ -40,7 +41,7 @@ def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort
     seed = config.seed if config.data_seed is None else config.data_seed
     sources = build_sources(data, data_arguments, seed=seed)
     preprocessing = sources.preprocessing
-    networks = {
+    networks: dict[str, Any] = {
         "class_names": data.columns.class_names or (),
         "image_size": preprocessing.image_size,
         "num_channels": preprocessing.num_channels,
@@ -61,7 +62,7 @@ def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort
     return Job(trainer, sources.train, sources.test)
 
 
-def _build_teacher(cohort: CohortArguments, networks: dict) -> PreTrainedModel | None:
+def _build_teacher(cohort: CohortArguments, networks: dict[str, Any]) -> PreTrainedModel | None:
     if cohort.teacher is None:
         return None
     if cohort.teacher in STUDENT_PRESETS:

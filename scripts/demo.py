@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from .methods import METHODS, find_method
-from .parser import OneLineErrors
+from .parser import Parser
 
 
 def run(argv: list[str]) -> int:
     default = next(iter(METHODS.values())).name
-    parser = OneLineErrors(prog="hfkd demo", description=__doc__, allow_abbrev=False)
+    parser = Parser("demo", __doc__)
     parser.add_argument("method", nargs="?", default=default, help=f"(default: {default})")
     parser.add_argument("--output_dir", type=Path, default=Path("hfkd-demo"), help="(default: hfkd-demo)")
     arguments = parser.parse_args(argv)

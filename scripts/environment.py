@@ -2,11 +2,11 @@
 
 from hfkd.hub.hardware import environment_report
 
-from .parser import OneLineErrors
+from .parser import Parser
 
 
 def run(argv: list[str]) -> int:
-    OneLineErrors(prog="hfkd env", description=__doc__, allow_abbrev=False).parse_args(argv)
+    Parser("env", __doc__).parse_args(argv)
     report = environment_report()
     width = max(map(len, report)) + 2
     for name, value in report.items():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,17 +136,19 @@ def _probes(
     cohort: Cohort, train: ImageSource, test: ImageSource, device: torch.device, arguments: EvaluateArguments
 ) -> tuple[dict[str, float], dict[str, float]]:
     probe = knn_accuracy if arguments.protocol == "knn" else linear_probe_accuracy
-    metrics, settings = {}, {}
+    metrics: dict[str, float] = {}
+    settings: dict[str, float] = {}
     for number, student in enumerate(cohort.students):
-        adapter = ClassifierAdapter(student)
-        sides = [
-            outputs_over(source, lambda x, adapter=adapter: adapter(x).pooled, device, arguments.batch_size)
-            for source in (train, test)
-        ]
-        (features, labels), (test_features, test_labels) = sides
+        pooled = partial(_pooled_features, ClassifierAdapter(student))
+        features, labels = outputs_over(train, pooled, device, arguments.batch_size)
+        test_features, test_labels = outputs_over(test, pooled, device, arguments.batch_size)
         assert labels is not None and test_labels is not None  # one label column serves all splits
         metrics[f"student_{number}_accuracy"], settings = probe(features, labels, test_features, test_labels)
     return metrics, settings
+
+
+def _pooled_features(adapter: ClassifierAdapter, pixel_values: Tensor) -> Tensor:
+    return adapter(pixel_values).pooled
 
 
 def _check_classes(cohort: Cohort, data: ImageDatasets) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from hfkd.errors import InputError
 from hfkd.hub.publish import check_target, push_folder
 
-from .parser import OneLineErrors
+from .parser import Parser
 
 
 def run(argv: list[str]) -> int:
-    parser = OneLineErrors(prog="hfkd push", description=__doc__, allow_abbrev=False)
+    parser = Parser("push", __doc__)
     parser.add_argument("folder", type=Path, help="folder of a saved run, with config.json")
     parser.add_argument("repo_id", help="NAME or NAMESPACE/NAME on the Hub; created if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="create the repo as a private one")

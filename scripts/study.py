@@ -18,7 +18,7 @@ from transformers.trainer_utils import sort_checkpoints
 from hfkd.errors import InputError, RunError
 from hfkd.hub.hardware import environment_report, hardware_line, versions_line
 
-from .parser import OneLineErrors
+from .parser import Parser
 from .report import describe_run, write_report
 from .results import COLUMNS, Row, append_csv, exclusive, read_csv, write_atomically
 from .study_file import Run, Study, read_study
@@ -32,7 +32,7 @@ _SETTINGS_FILE = "settings.yaml"
 
 
 def run(argv: list[str]) -> int:
-    parser = OneLineErrors(prog="hfkd study", description=__doc__, allow_abbrev=False)
+    parser = Parser("study", __doc__)
     parser.add_argument("file", type=Path, help="study file (YAML)")
     parser.add_argument("--output_dir", type=Path, help="folder of runs and report (default: runs/NAME)")
     parser.add_argument("--results", type=Path, help="results file to append to (default: OUTPUT_DIR/results.csv)")

@@ -40,10 +40,10 @@ def _usage() -> str:
 
 
 def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dict[str, Any]:
-    """One run from its options: what `test_results.json` in `output_dir` holds when all is saved.
+    """One run from its options. Without `show_logs` there is a progress bar, and no line for each log.
 
-    Without `show_logs` there is a progress bar and no line for each log. The result is `metrics` (on the test images; empty where the data has none), `n_train`, `n_test`, and `wall_s`, the
-    seconds of training, or None for a resumed run.
+    Returns what `test_results.json` in `output_dir` holds when all is saved: `metrics` (on the test images; empty
+    where the data has none), `n_train`, `n_test`, and `wall_s`, the seconds of training, or None for a resumed run.
     """
     logging.disable_progress_bar()  # one for each weights file; that of the training stays
     kinds = method.dataclasses()

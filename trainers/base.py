@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
 
 from hfkd.data import (
@@ -68,7 +68,9 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     views: ClassVar[int] = 1
 
     args: DistillationConfig
+    control: TrainerControl
     optimizer: NamedOptimizers
+    _finite: Tensor
     lr_scheduler: NamedSchedules
 
     def __init__(
@@ -101,7 +103,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             callbacks=[self._stop, *(callbacks or [])],
         )
         if args.channels_last:
-            networks.to(memory_format=torch.channels_last)
+            networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._reset_accumulators()
 
     @staticmethod
@@ -192,6 +194,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             drop_last=train and self.args.dataloader_drop_last,
+            generator=torch.Generator(),  # each iterator draws its workers' seed, which no data depends on
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
@@ -275,6 +278,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
+        self.measured.clear()  # it was of other weights than those of this update
         batch = self._materialise(self.train_dataset, inputs)
         share = len(inputs["key"]) / num_items_in_batch
         loss, parts = self.method_step(batch, share, last=self.accelerator.sync_gradients)
@@ -288,6 +292,11 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         self.optimizer.reduce_and_clip()
         return self.optimizer.gradient_norms[self._main_optimizer]
+
+    def _get_learning_rate(self) -> float:
+        # Called between an update and the step of the schedules: the rates that the update was made with.
+        self._rates = self.lr_scheduler.learning_rates()
+        return self._rates[self._main_optimizer]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer skips `_clip_grad_norm` when max_grad_norm is 0, but gradients are averaged over the ranks there.
@@ -315,10 +324,9 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
             logs.update(self._drain_parts())
-            rates = self.lr_scheduler.learning_rates()
             norms = self.optimizer.gradient_norms
             for name in list(self.optimizer.optimizers)[1:]:
-                logs[f"learning_rate_{name}"] = rates[name]
+                logs[f"learning_rate_{name}"] = self._rates[name]
                 if name in norms:
                     logs[f"grad_norm_{name}"] = float(norms[name])
         super().log(logs, start_time)
@@ -365,10 +373,12 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         was_training = self.model.training
         self.model.eval()
         self.callback_handler.eval_dataloader = dataloader
+        source = dataloader.dataset
+        assert isinstance(source, ImageSource)  # get_eval_dataloader makes it one
         parts: list[tuple[dict[str, Tensor], Tensor]] = []
         with torch.no_grad():
             for inputs in dataloader:
-                batch = self._materialise(dataloader.dataset, inputs)
+                batch = self._materialise(source, inputs)
                 if "labels" not in batch:
                     raise InputError("the evaluation split has no labels: choose a labelled one")
                 with self.autocast():
@@ -381,8 +391,8 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         all_labels = torch.cat([labels for _, labels in parts])
         metrics = self.evaluation_metrics(all_outputs, all_labels)
         self.model.train(was_training)
-        self.measured[dataloader.dataset.name] = {f"eval_{name}": value for name, value in metrics.items()}
-        self.measured[dataloader.dataset.name]["images"] = len(all_labels)
+        self.measured[source.name] = {f"eval_{name}": value for name, value in metrics.items()}
+        self.measured[source.name]["images"] = len(all_labels)
         return EvalLoopOutput(
             predictions=all_outputs["logits"][:, 0].float().numpy(),
             label_ids=all_labels.numpy(),

@@ -61,6 +61,7 @@ class Checkpointing(Trainer):
 
     args: DistillationConfig
     model: TrainingNetworks
+    measured: dict[str, dict[str, float]]
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ class Checkpointing(Trainer):
 
     def save_students(self, folder: Path) -> None:
         """Write every student with its processor, and the code of every family at the root, into `folder`."""
-        students = list(self.model.students)
+        students: list[Any] = list(self.model.students)
         for number, student in enumerate(students):
             # channels_last weights are strided, which safetensors refuses.
             weights = {key: value.contiguous() for key, value in student.state_dict().items()}
@@ -162,6 +163,7 @@ class Checkpointing(Trainer):
         """
         folder = Path(resume_from_checkpoint)
         verify_manifest(folder)
+        self.measured.clear()  # what has been measured so far was of other weights
         if student_folder(folder, len(self.model.students)).exists():
             raise InputError(f"{folder} holds more students than this run's {len(self.model.students)}")
         for number, student in enumerate(self.model.students):

@@ -1,7 +1,7 @@
 """What every method's Config shares: the base dataclass, its checks, and the `TrainingArguments` that are refused."""
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +15,9 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 _SEVERAL_OPTIMIZERS = "it cannot shard several networks with several optimizers; launch with torchrun instead"
 _LABELS = "the losses of these methods are written for the labels as they are"
+_NOT_COMPILED = "compiled students are not verified here yet"
+_ONE_PASS = "feature maps are taken during the one forward pass"
+_NO_WRAPPER = "this package averages gradients itself, without DistributedDataParallel"
 # Fields of TrainingArguments that would be ignored or would break a method: refused with the reason, never skipped.
 _REFUSED = {
     "fp16": "gradient scaling is not written for several optimizers; use bf16",
@@ -24,23 +27,38 @@ _REFUSED = {
     "fsdp_config": _SEVERAL_OPTIMIZERS,
     "deepspeed": _SEVERAL_OPTIMIZERS,
     "parallelism_config": _SEVERAL_OPTIMIZERS,
-    "torch_compile": "compiled students are not verified here yet",
+    "torch_compile": _NOT_COMPILED,
+    "torch_compile_backend": _NOT_COMPILED,
+    "torch_compile_mode": _NOT_COMPILED,
     "optim_args": "set momentum, nesterov, adam_beta1, adam_beta2, adam_epsilon or weight_decay",
     "optim_target_modules": "parameter groups are the method's",
     "lr_scheduler_kwargs": "the schedule is lr_scheduler_type with lr_milestones and lr_gamma",
     "label_smoothing_factor": _LABELS,
     "label_names": _LABELS,
     "neftune_noise_alpha": "it is for text embeddings",
+    "use_cache": "image classifiers keep no cache",
     "use_liger_kernel": "its kernels are for language models",
     "liger_kernel_config": "its kernels are for language models",
-    "activation_checkpointing": "feature maps are taken during the one forward pass",
-    "activation_checkpointing_kwargs": "feature maps are taken during the one forward pass",
+    "activation_checkpointing": _ONE_PASS,
+    "activation_checkpointing_kwargs": _ONE_PASS,
+    "gradient_checkpointing": _ONE_PASS,
+    "gradient_checkpointing_kwargs": _ONE_PASS,
     "auto_find_batch_size": "the batch size is part of what a run must repeat",
+    "average_tokens_across_devices": "a loss is the mean over the images of the update",
     "train_sampling_strategy": "the order is a function of (seed, epoch)",
+    "length_column_name": "images have no length to group them by",
+    "dataloader_in_order": "the order is a function of (seed, epoch)",
+    "ddp_find_unused_parameters": _NO_WRAPPER,
+    "ddp_bucket_cap_mb": _NO_WRAPPER,
+    "ddp_broadcast_buffers": _NO_WRAPPER,
+    "ddp_static_graph": _NO_WRAPPER,
     "torch_empty_cache_steps": "nothing here fragments the cache",
     "include_num_input_tokens_seen": "images have no tokens",
     "include_for_metrics": "metrics come from logits, labels and feature maps",
     "batch_eval_metrics": "metrics are already accumulated batch by batch",
+    "do_train": "call train(), or hfkd train",
+    "do_eval": "evaluation follows eval_strategy",
+    "do_predict": "call predict(), or hfkd evaluate",
     "prediction_loss_only": "evaluation always reports its metrics",
     "eval_do_concat_batches": "evaluation always concatenates",
     "eval_accumulation_steps": "only logits and labels are kept, on the CPU",
@@ -71,7 +89,7 @@ class DistillationConfig(TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS
 
     # TrainingArguments whose defaults do not fit: the reason stands in each help.
-    output_dir: str | None = field(default="runs", metadata={"help": "Folder for checkpoints and the final students."})
+    output_dir: str = field(default="runs", metadata={"help": "Folder for checkpoints and the final students."})
     optim: str = field(default="sgd", metadata={"help": "Main optimizer of the students: sgd or adamw_torch."})
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Clip each optimizer's gradients to this norm; 0 (the papers): never."}
@@ -113,10 +131,11 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._refuse_ignored_fields()
         # TrainingArguments refuses bf16 on a machine without an accelerator unless this is said.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         self.lr_scheduler_type = _choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.optim = _choice("optim", self.optim, OPTIMIZERS)
         super().__post_init__()
+        self._check_choices()
         self._check_optimizer_fields()
         check_range("momentum", self.momentum, 0, 1, high_open=True)
         check_range("lr_gamma", self.lr_gamma, 0, 1)
@@ -136,18 +155,24 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name, None)
             if isinstance(value, AcceleratorConfig) and value == AcceleratorConfig():
                 continue  # what TrainingArguments makes of the default; seen again by dataclasses.replace
+            if name == "do_eval" and self.eval_strategy != "no":
+                continue  # so does it here
             # TrainingArguments normalises empty values of some fields (None, "", False, []).
             if name in defaults and value != defaults[name] and (value or defaults[name]):
                 raise InputError(f"{name}={value!r} is not supported: {reason}")
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), get_args(hint))
 
     def _check_optimizer_fields(self) -> None:
         ignored = ("momentum", "nesterov") if self.optim != "sgd" else ("adam_beta1", "adam_beta2", "adam_epsilon")
         defaults = {f.name: _default(f) for f in fields(type(self))}
         for name in ignored:
             if getattr(self, name) != defaults[name]:
-                raise InputError(
-                    f"{name}={getattr(self, name)} has no effect with optim={self.optim.value}: leave it out"
-                )
+                optim = getattr(self.optim, "value", self.optim)
+                raise InputError(f"{name}={getattr(self, name)} has no effect with optim={optim}: leave it out")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise InputError(
                 f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type=constant: "

@@ -1,6 +1,7 @@
 """The networks of a run in one module: students, training-only modules, and frozen teachers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,8 +56,19 @@ class Renormalize(nn.Module):
         self.register_buffer("scale", (old_std / std_).float())
         self.register_buffer("shift", ((old_mean - mean_) / std_).float())
 
+    @classmethod
+    def between(cls, processor: Any, other: Any) -> "Renormalize | None":
+        """From one image processor's statistics to another's; None where either is None or they agree."""
+        if processor is None or other is None:
+            return None
+        statistics = (processor.image_mean, processor.image_std, other.image_mean, other.image_std)
+        return None if list(statistics[:2]) == list(statistics[2:]) else cls(*statistics)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
+        scale, shift = self.scale.to(pixel_values.dtype), self.shift.to(pixel_values.dtype)
+        if pixel_values.shape[1] == 1:  # grey images: processors hold the one value three times
+            scale, shift = scale[:, :1], shift[:, :1]
+        return pixel_values * scale + shift
 
 
 class TrainingNetworks(nn.Module):
@@ -67,6 +79,8 @@ class TrainingNetworks(nn.Module):
         training_only: modules beside the students, never in them: discriminators, transfer layers, projectors.
         teachers: frozen networks; never saved.
     """
+
+    students: nn.ModuleList
 
     def __init__(
         self,
@@ -79,6 +93,9 @@ class TrainingNetworks(nn.Module):
         self.training_only = nn.ModuleDict(dict(training_only or {}))
         self.teachers = nn.ModuleList(teachers)
 
+    def frozen(self) -> list[FrozenTeacher]:
+        return [teacher for teacher in self.teachers if isinstance(teacher, FrozenTeacher)]
+
     # Trainer reads these two of its model.
     accepts_loss_kwargs = False
 
@@ -89,3 +106,16 @@ class TrainingNetworks(nn.Module):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Student 0's forward: what the run's model predicts."""
         return self.students[0](pixel_values, **kwargs)
+
+
+@contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm in train mode normalises by the batch but leaves its running statistics alone."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -7,10 +7,9 @@ far smaller learning rate. One forward pass per network and mini-batch serves bo
 The paper's symbols: F_k = G_k(x) the feature map, T_k the transfer layer, f_k = T_k(F_k), z_k the logits.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from hfkd.evaluation.cohort import cohort_metrics
 from hfkd.evaluation.similarity import discriminator_accuracy, map_distances
 from hfkd.losses.online_adversarial import (
     GAN_LOSSES,
+    GanLoss,
     alignment_loss,
     discriminator_loss,
     distillation_kl,
@@ -32,12 +32,13 @@ from hfkd.losses.online_adversarial import (
     undecided_score,
 )
 from hfkd.models import ClassifierAdapter, ClassifierFeatures
-from hfkd.models.feature_discriminator import FeatureDiscriminator, TransferLayer
+from hfkd.models.feature_discriminator import FeatureDiscriminator, TransferLayer, common_map_shape
 
 from .base import DistillationTrainer, image_size
-from .config import DistillationConfig, check_choice, check_milestones, check_range
-from .networks import FrozenTeacher, TrainingNetworks
-from .optimizers import milestone_schedule
+from .config import DistillationConfig, check_milestones, check_range
+from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
+from .optimizers import build_main_optimizer, milestone_schedule
+from .state import restore_rng_state, rng_state
 
 
 @dataclass
@@ -61,17 +62,17 @@ class OnlineAdversarialConfig(DistillationConfig):
     temperature: float = field(default=3.0, metadata={"help": "T of the KL term, > 0 (inferred: 3)."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of T^2 KL (paper: 1); 0: cross-entropy alone."})
     kl_rampup_epochs: float = field(default=0.0, metadata={"help": "Epochs of KL ramp-up (inferred: 0, none)."})
-    logit_source: str = field(
+    logit_source: Literal["cycle", "all"] = field(
         default="cycle", metadata={"help": "Whose logits teach: cycle (the paper's figure), or all peers' mean."}
     )
 
-    feature_loss: str = field(
+    feature_loss: Literal["adversarial", "l1", "l2", "none"] = field(
         default="adversarial", metadata={"help": "On the feature maps: adversarial, l1, l2 (alignment) or none."}
     )
     feature_loss_weight: float = field(
         default=1.0, metadata={"help": "Its weight (paper: 1); 0 leaves Adam's weight decay alone: a control."}
     )
-    feature_optimizer: str = field(
+    feature_optimizer: Literal["adam", "adamw", "main"] = field(
         default="adam",
         metadata={"help": "adam (weight decay coupled, the literal reading), adamw, or main: alignment joins SGD."},
     )
@@ -85,21 +86,21 @@ class OnlineAdversarialConfig(DistillationConfig):
     feature_normalize: bool = field(
         default=False, metadata={"help": "Divide each map by its l2 norm before alignment (inferred: no)."}
     )
-    feature_tap: str = field(
+    feature_tap: Literal["post_activation", "pre_activation"] = field(
         default="post_activation", metadata={"help": "The map: post_activation or pre_activation of the last block."}
     )
 
-    gan_loss: str = field(
+    gan_loss: GanLoss = field(
         default="lsgan_sigmoid", metadata={"help": f"One of {', '.join(GAN_LOSSES)} (paper: first)."}
     )
     discriminator_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Of Adam on the discriminators; None: feature_learning_rate (paper: the same)."},
     )
-    discriminator_norm: str = field(
+    discriminator_norm: Literal["batch", "instance", "none"] = field(
         default="batch", metadata={"help": "In the discriminators: batch, instance or none (inferred: batch)."}
     )
-    discriminator_batch: str = field(
+    discriminator_batch: Literal["separate", "joint"] = field(
         default="separate", metadata={"help": "Real and fake maps pass D separate or joint (inferred: separate)."}
     )
     discriminator_channels: int | None = field(default=None, metadata={"help": "Hidden width of D; None: the maps'."})
@@ -109,12 +110,14 @@ class OnlineAdversarialConfig(DistillationConfig):
     transfer_channels: str = field(
         default="min", metadata={"help": "Common width of unequal maps: min, max or a number (inferred: min)."}
     )
-    transfer_activation: str = field(default="relu", metadata={"help": "After a transfer layer: relu or none."})
+    transfer_activation: Literal["relu", "none"] = field(
+        default="relu", metadata={"help": "After a transfer layer: relu or none."}
+    )
     transfer_always: bool = field(default=False, metadata={"help": "Transfer layers where channels agree, too."})
-    update_order: str = field(
+    update_order: Literal["discriminator_first", "generator_first"] = field(
         default="discriminator_first", metadata={"help": "discriminator_first (inferred) or generator_first."}
     )
-    update_mode: str = field(
+    update_mode: Literal["single_forward", "recompute"] = field(
         default="single_forward",
         metadata={"help": "single_forward (the paper's one inference), or recompute: maps again after the SGD step."},
     )
@@ -128,32 +131,28 @@ class OnlineAdversarialConfig(DistillationConfig):
         for name in ("feature_weight_decay", "feature_start_epoch"):
             check_range(name, getattr(self, name), 0)
         check_range("discriminator_layers", self.discriminator_layers, 1)
+        if self.discriminator_channels is not None:
+            check_range("discriminator_channels", self.discriminator_channels, 1)
         if self.discriminator_learning_rate is not None:
             check_range("discriminator_learning_rate", self.discriminator_learning_rate, 0)
         check_milestones("feature_lr_milestones", self.feature_lr_milestones)
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        if self.transfer_channels not in ("min", "max") and not self.transfer_channels.isdigit():
+        self.transfer_channels = str(self.transfer_channels)
+        if self.transfer_channels not in ("min", "max") and not self.transfer_channels.lstrip("0").isdecimal():
             raise InputError(f"transfer_channels={self.transfer_channels!r}: choose min, max or a number of channels")
         if self.feature_optimizer == "main" and self.feature_loss not in ("l1", "l2"):
             raise InputError(
-                f"feature_optimizer=main joins an alignment loss to the logit loss, but feature_loss={self.feature_loss}: "
-                "choose l1 or l2, or feature_optimizer=adam"
+                "feature_optimizer=main joins an alignment loss to the logit loss, but "
+                f"feature_loss={self.feature_loss}: choose l1 or l2, or feature_optimizer=adam"
             )
 
 
-_CHOICES = {
-    "logit_source": ("cycle", "all"),
-    "feature_loss": ("adversarial", "l1", "l2", "none"),
-    "feature_optimizer": ("adam", "adamw", "main"),
-    "feature_tap": ("post_activation", "pre_activation"),
-    "gan_loss": GAN_LOSSES,
-    "discriminator_norm": ("batch", "instance", "none"),
-    "discriminator_batch": ("separate", "joint"),
-    "transfer_activation": ("relu", "none"),
-    "update_order": ("discriminator_first", "generator_first"),
-    "update_mode": ("single_forward", "recompute"),
-}
+@dataclass
+class _MicroBatch:
+    """`generators` is the state before its forward pass, kept where its maps will be needed again."""
+
+    batch: dict[str, Tensor]
+    share: float
+    generators: dict[str, Any] | None
 
 
 class OnlineAdversarialTrainer(DistillationTrainer):
@@ -166,6 +165,8 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         train_dataset, eval_dataset, processing_class, augmentation, callbacks, dataset_name: as in
             `DistillationTrainer`.
         teacher: offline variant: a trained classifier, frozen, that every student learns from instead of its peers.
+        teacher_processing_class: the teacher's image processor, where its mean or standard deviation is not the
+            students'; pixel values are re-normalised for it.
 
     Raises:
         InputError: for students that do not fit each other, the teacher or the data.
@@ -203,13 +204,15 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         processing_class: Any = None,
         augmentation: Augmentation | None = None,
         teacher: PreTrainedModel | None = None,
+        teacher_processing_class: Any = None,
         callbacks: Sequence[Any] | None = None,
         dataset_name: str | None = None,
     ) -> None:
         args = args or OnlineAdversarialConfig()
         if len(students) < (1 if teacher else 2):
             raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
-        teachers = [FrozenTeacher(teacher)] if teacher is not None else []
+        renormalize = Renormalize.between(processing_class, teacher_processing_class)
+        teachers = [FrozenTeacher(teacher, renormalize)] if teacher is not None else []
         self.adapters = [
             ClassifierAdapter(model, tap=args.feature_tap) for model in (*students, *(t.model for t in teachers))
         ]
@@ -226,7 +229,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             callbacks=callbacks,
             dataset_name=dataset_name,
         )
-        self._pending: list[tuple[dict[str, Tensor], float, Tensor]] = []
+        self._pending: list[_MicroBatch] = []
 
     def _training_only(self, args: OnlineAdversarialConfig, students: int, side: int) -> dict[str, nn.Module]:
         """T_k and D_k, drawn from a generator of their own: with or without them the students start alike."""
@@ -234,47 +237,46 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             return {}
         shapes = [adapter.feature_shape(side) for adapter in self.adapters]
         # A frozen teacher's map is taken as it is: nobody would train its transfer layer.
-        widths = [shape[0] for shape in (shapes[students:] or shapes)]
-        sizes = [shape[1:] for shape in (shapes[students:] or shapes)]
-        channels = {"min": min(widths), "max": max(widths)}.get(args.transfer_channels) or int(args.transfer_channels)
-        size = (min(height for height, _ in sizes), min(width for _, width in sizes))
-        if students < len(shapes):
-            channels = widths[0]
+        channels, *size = common_map_shape(shapes[students:] or shapes, args.transfer_channels)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed + 1)
-            modules: dict[str, nn.Module] = {
-                "transfer": nn.ModuleList(
-                    TransferLayer(
-                        shape[0],
-                        channels,
-                        size,
-                        activation=args.transfer_activation,  # type: ignore[arg-type]
-                        always=args.transfer_always and k < students,
-                    )
-                    for k, shape in enumerate(shapes)
+            transfer = nn.ModuleList(
+                TransferLayer(
+                    shape[0],
+                    channels,
+                    (size[0], size[1]),
+                    activation=args.transfer_activation,
+                    always=args.transfer_always and k < students,
                 )
-            }
-            if args.feature_loss == "adversarial":
-                modules["discriminators"] = nn.ModuleList(
-                    FeatureDiscriminator(
-                        channels,
-                        size,
-                        hidden_channels=args.discriminator_channels,
-                        num_layers=args.discriminator_layers,
-                        norm=args.discriminator_norm,  # type: ignore[arg-type]
-                        spectral_norm=args.discriminator_spectral_norm,
-                        patch=args.discriminator_patch,
-                        sigmoid=args.gan_loss == "lsgan_sigmoid",
-                    )
-                    for _ in range(students)
+                for k, shape in enumerate(shapes)
+            )
+            if args.feature_loss != "adversarial":
+                return {"transfer": transfer}
+            discriminators = nn.ModuleList(
+                FeatureDiscriminator(
+                    channels,
+                    (size[0], size[1]),
+                    hidden_channels=args.discriminator_channels,
+                    num_layers=args.discriminator_layers,
+                    norm=args.discriminator_norm,
+                    spectral_norm=args.discriminator_spectral_norm,
+                    patch=args.discriminator_patch,
+                    sigmoid=args.gan_loss == "lsgan_sigmoid",
                 )
-        return modules
+                for _ in range(students)
+            )
+        return {"transfer": transfer, "discriminators": discriminators}
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
     @property
     def _map_losses(self) -> bool:
         return self.args.feature_loss != "none" and self.args.feature_optimizer != "main"
+
+    @property
+    def _joined(self) -> bool:
+        """Alignment is part of the main optimizer's loss."""
+        return self.args.feature_optimizer == "main" and "transfer" in self.model.training_only
 
     @property
     def _adversarial(self) -> bool:
@@ -284,25 +286,9 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         """SGD over all of Theta_k; Adam over G_k and T_k; Adam over D_k (paper, section 4; groups inferred)."""
         args = self.args
         students = [p for p in self.model.students.parameters() if p.requires_grad]
-        if args.feature_optimizer == "main":
+        if self._joined:
             students += self._transfer.parameters()
-        optimizers: dict[str, torch.optim.Optimizer] = {}
-        if args.optim == "sgd":
-            optimizers["student"] = torch.optim.SGD(
-                students,
-                lr=args.learning_rate,
-                momentum=args.momentum,
-                weight_decay=args.weight_decay,
-                nesterov=args.nesterov,
-            )
-        else:
-            optimizers["student"] = torch.optim.AdamW(
-                students,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
-            )
+        optimizers = {"student": build_main_optimizer(students, args)}
         if self._map_losses:
             # Coupled: the decay enters Adam's normalised step, so that most of it is a constant-speed shrink.
             adam = torch.optim.AdamW if args.feature_optimizer == "adamw" else torch.optim.Adam
@@ -311,8 +297,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             if self._adversarial:
                 rate = args.discriminator_learning_rate
                 rate = args.feature_learning_rate if rate is None else rate
-                discriminators = self.model.training_only["discriminators"].parameters()
-                optimizers["discriminator"] = adam(discriminators, lr=rate, weight_decay=decay)
+                optimizers["discriminator"] = adam(self._discriminators.parameters(), lr=rate, weight_decay=decay)
         return optimizers
 
     def _feature_parameters(self) -> list[nn.Parameter]:
@@ -326,6 +311,10 @@ class OnlineAdversarialTrainer(DistillationTrainer):
     @property
     def _transfer(self) -> Any:
         return self.model.training_only["transfer"]
+
+    @property
+    def _discriminators(self) -> Any:
+        return self.model.training_only["discriminators"]
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
         args = self.args
@@ -350,60 +339,55 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         adversarial loss, because the discriminators step in between; running statistics are updated once.
         """
         again = share < 1 or self.args.update_mode == "recompute"
-        generators = torch.random.get_rng_state() if again else torch.empty(0)
+        this = _MicroBatch(batch, share, rng_state() if again else None)
         features = self._features(batch["pixel_values"])
-        maps_active = self._map_losses and (self.state.epoch or 0.0) >= self.args.feature_start_epoch
+        started = (self.state.epoch or 0.0) >= self.args.feature_start_epoch
+        maps_active = started and self._map_losses
 
         losses, parts = self._logit_losses(features, batch["labels"])
-        if self.args.feature_optimizer == "main":
-            alignment = self._feature_losses(self._maps(features))
-            losses = [x + self.args.feature_loss_weight * y for x, y in zip(losses, alignment, strict=True)]
+        if started and self._joined:
+            aligned = self._feature_losses(self._maps(features))
+            losses = [x + self.args.feature_loss_weight * y for x, y in zip(losses, aligned, strict=True)]
         # Peers are detached, so the gradient of the sum is each network's own.
         total = torch.stack(losses).sum()
         self._accumulate("student", share * total, retain_graph=maps_active and not again)
         if maps_active:
-            feature_losses = self._map_step(batch, features, share, last, generators, again)
-            parts |= {f"student_{k}_feature": loss for k, loss in enumerate(feature_losses)}
-            parts |= self._discriminator_parts
-            total = total + sum(feature_losses)
+            feature_losses, discriminator_parts = self._map_step(this, features, last)
+            parts |= discriminator_parts | {f"student_{k}_feature": loss for k, loss in enumerate(feature_losses)}
+            total = total + self.args.feature_loss_weight * sum(feature_losses)
         return total.detach(), {name: value.detach() for name, value in parts.items()}
 
     def _map_step(
-        self,
-        batch: dict[str, Tensor],
-        features: list[ClassifierFeatures],
-        share: float,
-        last: bool,
-        generators: Tensor,
-        again: bool,
-    ) -> list[Tensor]:
-        """Discriminators, then feature extractors through the updated discriminators; returns L_G^k for the log."""
-        self._discriminator_parts: dict[str, Tensor] = {}
-        if self.args.feature_loss_weight == 0:
+        self, this: "_MicroBatch", features: list[ClassifierFeatures], last: bool
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Discriminators first, then feature extractors through them; returns L_G^k and the discriminators' log."""
+        args = self.args
+        parts: dict[str, Tensor] = {}
+        if args.feature_loss_weight == 0:
             if last:  # the control: Adam sees zero gradients and its weight decay
                 parameters = self._feature_parameters()
                 self.optimizer.accumulate("feature", parameters, [torch.zeros_like(p) for p in parameters])
-            return []
+            return [], parts
         maps = self._maps(features)
         if self._adversarial:
-            loss = torch.stack(self._discriminator_losses([f.detach() for f in maps])).sum()
-            self._accumulate("discriminator", share * loss)
-        if again:
-            self._pending.append((batch, share, generators))
-        if last and self._adversarial and self.args.update_order == "discriminator_first":
+            losses, parts = self._discriminator_losses([f.detach() for f in maps])
+            self._accumulate("discriminator", this.share * torch.stack(losses).sum())
+        if last and self._adversarial and args.update_order == "discriminator_first":
             self.optimizer.step_now("discriminator")
-        if not again:
-            return self._extractor_step(maps, share)
+        if this.generators is None:
+            return self._extractor_step(maps, this.share), parts
+        self._pending.append(this)
         if not last:
-            return []
-        if self.args.update_mode == "recompute":
+            return [], parts
+        if args.update_mode == "recompute":
             self.optimizer.step_now("student")
-        pending, self._pending = self._pending, []
         sums = [
-            torch.stack(self._extractor_step(self._maps_again(earlier, state), part)) * part
-            for earlier, part, state in pending
+            torch.stack(self._extractor_step(self._maps_again(earlier), earlier.share)) * earlier.share
+            for earlier in self._pending
         ]
-        return list(torch.stack(sums).sum(dim=0) / share)
+        self._pending.clear()
+        # The log weighs this micro-batch by its share, and these losses are of the whole update.
+        return list(torch.stack(sums).sum(dim=0) / this.share), parts
 
     def _extractor_step(self, maps: list[Tensor], share: float) -> list[Tensor]:
         losses = self._feature_losses(maps)
@@ -427,7 +411,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         """One forward pass of every student, and of the teacher, last, without gradient."""
         with self.autocast():
             features = [adapter(pixel_values) for adapter in self.adapters[: len(self.model.students)]]
-            for teacher, adapter in zip(self.model.teachers, self.adapters[len(features) :], strict=True):
+            for teacher, adapter in zip(self.model.frozen(), self.adapters[len(features) :], strict=True):
                 with torch.no_grad():
                     features.append(adapter(teacher.renormalize(pixel_values)))
         return features
@@ -466,13 +450,14 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         with self.autocast():
             return [layer(f.feature_map) for layer, f in zip(self._transfer, features, strict=True)]
 
-    def _maps_again(self, batch: dict[str, Tensor], generators: Tensor) -> list[Tensor]:
+    def _maps_again(self, earlier: "_MicroBatch") -> list[Tensor]:
         """The maps of an earlier forward pass, with its dropout and without updating running statistics again."""
-        now = torch.random.get_rng_state()
-        torch.random.set_rng_state(generators)
+        now = rng_state()
+        assert earlier.generators is not None
+        restore_rng_state(earlier.generators)
         with frozen_running_statistics(self.model):
-            maps = self._maps(self._features(batch["pixel_values"]))
-        torch.random.set_rng_state(now)
+            maps = self._maps(self._features(earlier.batch["pixel_values"]))
+        restore_rng_state(now)
         return maps
 
     def _feature_losses(self, maps: list[Tensor]) -> list[Tensor]:
@@ -486,28 +471,26 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                 )
                 for k in self._learners
             ]
-        return [
-            generator_loss(
-                self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)[1], args.gan_loss
-            )  # type: ignore[arg-type]
-            for k in self._learners
-        ]
-
-    def _discriminator_losses(self, maps: list[Tensor]) -> list[Tensor]:
-        """L_D^k = (1 - D_k(f_prev(k)))^2 + D_k(f_k)^2 (paper, eq. 14), on detached maps."""
         losses = []
         for k in self._learners:
-            real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
-            loss = discriminator_loss(real, fake, self.args.gan_loss)  # type: ignore[arg-type]
-            judged = discriminator_accuracy(real, fake, undecided_score(self.args.gan_loss))  # type: ignore[arg-type]
-            self._discriminator_parts[f"discriminator_{k}_loss"] = loss.detach()
-            self._discriminator_parts[f"discriminator_{k}_accuracy"] = judged["accuracy"]
-            losses.append(loss)
+            _, fake = self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)
+            losses.append(generator_loss(fake, args.gan_loss))
         return losses
+
+    def _discriminator_losses(self, maps: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """L_D^k = (1 - D_k(f_prev(k)))^2 + D_k(f_k)^2 (paper, eq. 14), on detached maps."""
+        losses: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        for k in self._learners:
+            real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
+            losses.append(discriminator_loss(real, fake, self.args.gan_loss))
+            judged = discriminator_accuracy(real, fake, undecided_score(self.args.gan_loss))
+            parts |= {f"discriminator_{k}_loss": losses[-1], f"discriminator_{k}_accuracy": judged["accuracy"]}
+        return losses, parts
 
     def _scores(self, k: int, real: Tensor, fake: Tensor, fake_only: bool = False) -> tuple[Tensor, Tensor]:
         """D_k of the maps it learns from and of its own, in one pass or two: batch norm tells the difference."""
-        discriminator = self.model.training_only["discriminators"][k]
+        discriminator = self._discriminators[k]
         with self.autocast():
             if self.args.discriminator_batch == "joint":
                 scores = discriminator(torch.cat([real, fake]))
@@ -532,7 +515,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                 outputs[f"maps_{a}_{b}"] = map_distances(maps[a], maps[b])
         # Discriminators with batch norm cannot judge a single map.
         if self._adversarial and len(maps[0]) > 1:
-            undecided = undecided_score(self.args.gan_loss)  # type: ignore[arg-type]
+            undecided = undecided_score(self.args.gan_loss)
             for k in self._learners:
                 real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
                 right = torch.stack([real > undecided, fake < undecided], dim=1).flatten(1)
@@ -552,19 +535,6 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             elif name.startswith("discriminator_"):
                 metrics[f"{name}_accuracy"] = values.mean().item()
         return metrics
-
-
-@contextmanager
-def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norm in train mode normalises by the batch but leaves its running statistics alone."""
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

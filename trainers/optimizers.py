@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from .config import DistillationConfig
 from .distributed import average_gradients
 
 
@@ -44,7 +45,7 @@ class NamedOptimizers:
         return self._gradients[name]
 
     def reduce_and_clip(self, names: Iterable[str] | None = None) -> None:
-        """Average the gradients of each named optimizer over the ranks, then clip each to `max_grad_norm` (0: never)."""
+        """Average each named optimizer's gradients over the ranks, then clip them to `max_grad_norm` (0: never)."""
         for name in names or self.optimizers:
             own = self._gradients[name]
             if not own:
@@ -109,7 +110,7 @@ class NamedSchedules:
 
     def get_last_lr(self) -> list[float]:
         """One rate per parameter group, those of the main optimizer first."""
-        return [rate for schedule in self.schedules.values() for rate in schedule.get_last_lr()]
+        return [float(rate) for schedule in self.schedules.values() for rate in schedule.get_last_lr()]
 
     def learning_rates(self) -> dict[str, float]:
         return {name: float(schedule.get_last_lr()[0]) for name, schedule in self.schedules.items()}
@@ -121,6 +122,22 @@ class NamedSchedules:
         _check_names("schedule", self.schedules, state)
         for name, schedule in self.schedules.items():
             schedule.load_state_dict(state[name])
+
+
+def build_main_optimizer(parameters: Sequence[nn.Parameter], args: DistillationConfig) -> torch.optim.Optimizer:
+    """The students' main optimizer by the Config's `optim`; weight decay on all parameters, as the papers have it."""
+    if args.optim == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=args.learning_rate,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+            nesterov=args.nesterov,
+        )
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        parameters, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+    )
 
 
 def milestone_schedule(

@@ -43,7 +43,8 @@ class Publishing(Trainer):
     model: TrainingNetworks
     _template_file: ClassVar[str]
     dataset_name: str | None
-    measured: dict[str, dict[str, float]]  # by split: the last metrics, and `images`, how many there were
+    # By split: metrics of the weights as they are, and `images`, how many there were.
+    measured: dict[str, dict[str, float]]
     _started: float | None = None  # when this process began to train; None for a resumed run
     _push: "Future[Any] | None" = None
 
@@ -67,7 +68,7 @@ class Publishing(Trainer):
         command = f"hfkd train {Path(self._template_file).stem.replace('_', '-')} --config {RUN_FILE}"
         card = CardData(
             method=Method.of(self),
-            location=self.hub_model_id or args.output_dir,
+            location=self.hub_model_id or str(folder),
             students=tuple(Student.of(student) for student in self.model.students),
             parents=tuple(self._parents()),
             data=self._data_used(),
@@ -83,7 +84,7 @@ class Publishing(Trainer):
 
     def _parents(self) -> Iterator[Parent]:
         """Teachers, and what students were fine-tuned from; a network of fresh weights has no name."""
-        networks = [("teacher", teacher.model) for teacher in self.model.teachers]
+        networks: list[tuple[str, Any]] = [("teacher", teacher.model) for teacher in self.model.frozen()]
         networks += [("starting point", student) for student in self.model.students]
         for role, network in networks:
             if name := getattr(network.config, "_name_or_path", ""):
@@ -104,7 +105,7 @@ class Publishing(Trainer):
     # -- while training ----------------------------------------------------------------------------------------------
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a finished checkpoint's students in the background; a push that failed before is repeated by this one."""
+        """Push a finished checkpoint's students in the background; this one makes up for one that failed before."""
         if str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy)) == "end":
             return
         if self._push is not None and not self._push.done():
@@ -139,7 +140,12 @@ class Publishing(Trainer):
         """Save the students and their card; with `push_to_hub` also push, when called by the user."""
         super().save_model(output_dir, _internal_call=True)  # the next in line: Checkpointing
         if self.is_world_process_zero():
-            self.write_card(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            try:
+                self.write_card(folder)
+            except OSError as error:
+                cause = error.strerror or error
+                raise RunError(f"{folder}: the students are saved, their card is not ({cause}); save again") from error
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 

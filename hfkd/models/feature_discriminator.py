@@ -4,6 +4,7 @@ Neither is part of a student: they are dropped at inference (Chung et al., ICML 
 describes what they do, not what they are made of; the architectures below are inferred.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+Shape = tuple[int, int, int]
 DiscriminatorNorm = Literal["batch", "instance", "none"]
 
 
@@ -116,6 +118,18 @@ class TransferLayer(nn.Module):
         if feature_map.shape[-2:] != self.common_size:
             feature_map = F.adaptive_avg_pool2d(feature_map, self.common_size)
         return self.project(feature_map)
+
+
+def common_map_shape(shapes: Sequence[Shape], channels: str) -> Shape:
+    """(C*, H, W) that all maps are brought to: the smallest height and width, and the width that `channels` names.
+
+    Args:
+        shapes: (C_k, H_k, W_k) of the maps.
+        channels: `min` or `max` of the C_k, or a number.
+    """
+    widths, heights, lengths = zip(*shapes, strict=True)
+    width = {"min": min(widths), "max": max(widths)}.get(channels) or int(channels)
+    return width, min(heights), min(lengths)
 
 
 def _norm(norm: DiscriminatorNorm, channels: int) -> list[nn.Module]:

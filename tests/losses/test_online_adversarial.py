@@ -122,7 +122,7 @@ def test_errors_are_one_line(call):
 def test_discriminator_scores_maps(channels, side):
     discriminator = FeatureDiscriminator(channels, (side, side))
     scores = discriminator(torch.randn(5, channels, side, side))
-    assert scores.shape == (5,) and 0 < scores.min() and scores.max() < 1
+    assert scores.shape == (5,) and scores.min() > 0 and scores.max() < 1
     patches = FeatureDiscriminator(channels, (side, side), patch=True)(torch.randn(5, channels, side, side))
     assert patches.shape == (5, (side // 2) ** 2)
 

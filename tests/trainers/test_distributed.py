@@ -1,4 +1,4 @@
-"""Two gloo processes are one process with the joined batch; ranks stay equal, resume exactly, and drifting is caught."""
+"""Two gloo processes are one with the joined batch; ranks stay equal, resume exactly, and drift is caught."""
 
 import multiprocessing
 import socket

@@ -1,7 +1,7 @@
 """AFD end to end on tiny nets: gradient masks, the cycle, update order, and identities between settings."""
 
 import copy
-import itertools
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hfkd.data import ResidentImages
 from hfkd.errors import InputError
 from hfkd.losses.online_adversarial import discriminator_loss, distillation_kl, generator_loss
 from hfkd.models import HfkdWideResNetConfig, HfkdWideResNetForImageClassification
+from hfkd.trainers.networks import Renormalize
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig
 from hfkd.trainers.optimizers import milestone_schedule
 
@@ -60,7 +61,7 @@ def reaches_all(loss, parameters):
     )
 
 
-# -- gradient masks --------------------------------------------------------------------------------------------------
+# -- gradient masks --------------------------------------------------------------------------------
 
 
 def test_each_loss_reaches_its_own_networks_only(make_trainer):
@@ -72,8 +73,7 @@ def test_each_loss_reaches_its_own_networks_only(make_trainer):
     students, transfer = trainer.model.students, trainer.model.training_only["transfer"]
     discriminators = trainer.model.training_only["discriminators"]
 
-    trainer._discriminator_parts = {}
-    for k, loss in enumerate(trainer._discriminator_losses([f.detach() for f in maps])):
+    for k, loss in enumerate(trainer._discriminator_losses([f.detach() for f in maps])[0]):
         assert reaches_all(loss, list(discriminators[k].parameters()))
         assert not any(reaches(loss, discriminators[j]) for j in range(3) if j != k)
         assert not any(reaches(loss, students[j]) or reaches(loss, transfer[j]) for j in range(3))
@@ -102,7 +102,7 @@ def test_extractor_step_leaves_the_discriminators_alone(make_trainer):
     assert_equal(before, weights(trainer.model.training_only["discriminators"]))
 
 
-# -- the cycle -------------------------------------------------------------------------------------------------------
+# -- the cycle -------------------------------------------------------------------------------------
 
 
 def test_generic_cycle_equals_a_hand_written_pair(make_trainer):
@@ -153,11 +153,10 @@ def test_generic_cycle_equals_a_hand_written_pair(make_trainer):
 
 def losses_of(trainer, batch):
     trainer.model.train()
-    trainer._discriminator_parts = {}
     features = trainer._features(batch["pixel_values"])
     logit = trainer._logit_losses(features, batch["labels"])[0]
     maps = trainer._maps(features)
-    return logit, trainer._discriminator_losses(maps), trainer._feature_losses(maps)
+    return logit, trainer._discriminator_losses(maps)[0], trainer._feature_losses(maps)
 
 
 def test_knowledge_flows_one_way_around_the_cycle(make_trainer):
@@ -192,7 +191,7 @@ def test_relabelling_the_cycle_permutes_the_losses(make_trainer):
             assert moved[new].item() == pytest.approx(group[old].item(), abs=1e-12)
 
 
-# -- identities between settings ---------------------------------------------------------------------------------------
+# -- identities between settings -------------------------------------------------------------------
 
 
 def trained(make_trainer, tmp_path, name, students=2, dtype=torch.float32, **config):
@@ -284,7 +283,7 @@ def test_paper_schedule():
     assert adam == pytest.approx([2e-5, 2e-5, 2e-6, 2e-6, 2e-7, 2e-7, 2e-7, 2e-7])
 
 
-# -- one update ----------------------------------------------------------------------------------------------------------
+# -- one update ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["single_forward", "recompute"])
@@ -354,7 +353,7 @@ def test_every_arm_descends(make_trainer, setting):
         assert not any(p.requires_grad for p in teacher.parameters())
 
 
-# -- accumulation, workers -------------------------------------------------------------------------------------------------
+# -- accumulation, workers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("feature_loss", ["adversarial", "l2", "none"])
@@ -394,7 +393,7 @@ def test_workers_change_nothing(make_trainer, tmp_path):
     assert_equal(*runs)
 
 
-# -- bad input -------------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def test_bad_cohorts(make_trainer):
@@ -424,8 +423,19 @@ def test_bad_settings(config):
 
 
 def test_all_choices_are_accepted():
-    from hfkd.trainers.online_adversarial import _CHOICES
+    for name, hint in get_type_hints(OnlineAdversarialConfig).items():
+        for choice in get_args(hint) if get_origin(hint) is Literal else ():
+            extra = {"feature_loss": "l1"} if choice == "main" else {}
+            assert getattr(OnlineAdversarialConfig("unused", **{name: choice}, **extra), name) == choice
 
-    for name, choice in itertools.chain.from_iterable(((n, c) for c in cs) for n, cs in _CHOICES.items()):
-        extra = {"feature_loss": "l1"} if choice == "main" else {}
-        assert getattr(OnlineAdversarialConfig("unused", use_cpu=True, **{name: choice}, **extra), name) == choice
+
+def test_teacher_sees_pixels_in_its_own_statistics(make_trainer):
+    class Processor:
+        def __init__(self, mean, std):
+            self.image_mean, self.image_std = [mean] * 3, [std] * 3
+
+    ours, theirs = Processor(0.3053, 0.376), Processor(0.5, 0.25)
+    raw = torch.rand(2, 1, 8, 8)
+    renormalize = Renormalize.between(ours, theirs)
+    torch.testing.assert_close(renormalize((raw - 0.3053) / 0.376), (raw - 0.5) / 0.25)
+    assert Renormalize.between(ours, ours) is None

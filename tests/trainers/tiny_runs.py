@@ -12,8 +12,8 @@ NO_AUGMENTATION = Augmentation()
 
 
 @cache
-def digit_sources():
-    """200 digits to train on, augmented by crops, and 100 to test on."""
+def digit_sources(num_channels=None):
+    """200 digits to train on, augmented by crops, and 100 to test on; grey, or with the channels of stock models."""
     arguments = DataArguments(
         test_split="train[1000:1100]",
         train_split="train[:200]",
@@ -21,7 +21,7 @@ def digit_sources():
         augmentation="crop",
         crop_padding=1,
     )
-    return build_sources(load_image_datasets(arguments), arguments)
+    return build_sources(load_image_datasets(arguments), arguments, num_channels=num_channels)
 
 
 def tiny_resnet(seed, width=4, norm="batch", dtype=torch.float32, depths=(1, 1), num_labels=10):

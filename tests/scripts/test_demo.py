@@ -1,0 +1,44 @@
+import json
+import re
+
+import pytest
+
+from hfkd.scripts import demo_online_adversarial
+from hfkd.scripts.cli import main
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setitem(demo_online_adversarial.SETTINGS, "num_train_epochs", 2.0)
+
+
+def test_demo_trains_compares_reloads_and_says_where_everything_lies(short, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy on 1,597 test digits" in out
+    for name in ("student 0, with its peer", "ensemble of the pair", "student 1, alone", "two that learned alone"):
+        assert re.search(rf"{name}.* ± ", out), name
+    verdict = next(line for line in out.splitlines() if "the first student with its peer" in line)
+    assert "the same student alone" in verdict
+    assert "standard error" in verdict or "level" in verdict
+    assert re.search(r"a new process loaded student 0 from hfkd-demo and read a \d as \d", out)
+    assert "try next:" in out
+    result = json.loads((tmp_path / "hfkd-demo" / "test_results.json").read_text())
+    assert (result["n_train"], result["n_test"]) == (200, 1597)
+    printed = re.search(r"student 0, with its peer\s+([\d.]+)", out).group(1)
+    assert float(printed) == pytest.approx(100 * result["metrics"]["student_0_accuracy"], abs=0.006)
+    for name in ("README.md", "config.json", "student_1/config.json", "run.yaml", "alone/config.json"):
+        assert (tmp_path / "hfkd-demo" / name).is_file(), name
+
+
+def test_demo_can_be_repeated_in_the_same_folder(short, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_online_adversarial, "_reload", lambda folder: "")  # tried above
+    for _ in range(2):
+        assert main(["demo", "online-adversarial", "--output_dir", str(tmp_path / "demo")]) == 0
+
+
+def test_a_student_that_does_not_load_fails_the_demo(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(demo_online_adversarial.RunError, match="could not be loaded in a new process"):
+        demo_online_adversarial._reload(tmp_path)
