@@ -240,8 +240,21 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         finally:
             self._stop.restore()
         if self._stop.received is not None:
-            raise TrainingInterrupted(self._stop.received, str(output_dir / f"checkpoint-{self.state.global_step}"))
+            raise TrainingInterrupted(self._stop.received, str(self._checkpoint_of_this_step))
         return output
+
+    @property
+    def _checkpoint_of_this_step(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's, after a last look for a NaN that was not logged and a signal that came after the last save."""
+        self.check_finite()
+        stopped = self._stop.agreed(self.args)
+        self._stop.restore()
+        if stopped and not self._checkpoint_of_this_step.exists():
+            self._save_checkpoint(self.model, trial=None)
+        return super()._finalize_training(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         optimizers = self.build_optimizers()
@@ -356,8 +369,6 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
                 f"the loss is not finite by step {self.state.global_step} ({parts}): lower the learning rate, "
                 f"then resume with --resume_from_checkpoint true if {self.args.output_dir} holds a checkpoint"
             )
-        if self.control.should_save:
-            self.check_weights_finite()
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

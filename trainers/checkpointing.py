@@ -13,6 +13,8 @@ A checkpoint folder is itself loadable as the students::
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class Checkpointing(Trainer):
         """Write `checkpoint-<step>` into a temporary folder, then rename it, rotate, and push."""
         step = self.state.global_step
         self.check_finite()
+        self.check_weights_finite()
         check_same_parameters(self.model, step)
         broadcast_buffers(self.model)
         self.store_flos()
@@ -104,7 +107,8 @@ class Checkpointing(Trainer):
             # channels_last weights are strided, which safetensors refuses.
             weights = {key: value.contiguous() for key, value in student.state_dict().items()}
             target = student_folder(folder, number)
-            student.save_pretrained(target, state_dict=weights)
+            with without_progress_bars():
+                student.save_pretrained(target, state_dict=weights)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(target)
         write_code(students, folder)
@@ -215,10 +219,9 @@ class Checkpointing(Trainer):
 
     def check_weights_finite(self) -> None:
         """Raise RunError if a weight or buffer of a network that is to be saved is not finite."""
-        for name, tensor in (
-            *self.model.students.state_dict().items(),
-            *self.model.training_only.state_dict().items(),
-        ):
+        for name, tensor in self.model.state_dict().items():
+            if name.startswith("teachers."):
+                continue  # never saved
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise RunError(
                     f"step {self.state.global_step}: {name} is not finite, nothing was saved: "
@@ -236,13 +239,28 @@ def move_into(folder: Path, target: Path) -> None:
     shutil.rmtree(folder)
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for each weights file it writes or reads; a cohort saves many small ones."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load_strictly(student: PreTrainedModel, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no saved student: the checkpoint was made with other students than this run's"
         )
     try:
-        loaded, info = type(student).from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        with without_progress_bars():
+            loaded, info = type(student).from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder} cannot be loaded as {type(student).__name__}: {_one_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -45,19 +45,21 @@ class StopOnSignal(TrainerCallback):
         self.received = signum
         self.restore()
 
+    def agreed(self, args: TrainingArguments) -> bool:
+        """Whether a signal came; asked on all ranks together, as one rank's signal stops all at the same step."""
+        if world_size() > 1 and not all_ranks(torch.tensor(self.received is None, device=args.device)):
+            self.received = self.received or signal.SIGTERM
+        return self.received is not None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stop = self.received is not None
-        if world_size() > 1:  # one rank's signal stops all, at the same step
-            stop = not all_ranks(torch.tensor(not stop, device=args.device))
-            if stop and self.received is None:
-                self.received = signal.SIGTERM
-        if stop:
+        if self.agreed(args):
             control.should_save = True
             control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received is not None:  # the checkpoint is written; do not keep whoever pressed Ctrl-C waiting
+        if self.agreed(args):  # do not keep whoever pressed Ctrl-C waiting
             control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.restore()

@@ -19,23 +19,19 @@ from transformers import PreTrainedModel
 from hfkd.data import Augmentation
 from hfkd.errors import InputError
 from hfkd.evaluation.cohort import cohort_metrics
-from hfkd.evaluation.similarity import discriminator_accuracy, map_distances
+from hfkd.evaluation.similarity import map_distances
 from hfkd.losses.online_adversarial import (
     GAN_LOSSES,
     GanLoss,
-    alignment_loss,
-    discriminator_loss,
     distillation_kl,
-    generator_loss,
     kl_rampup,
     previous,
-    undecided_score,
 )
 from hfkd.models import ClassifierAdapter, ClassifierFeatures
-from hfkd.models.feature_discriminator import FeatureDiscriminator, TransferLayer, common_map_shape
 
 from .base import DistillationTrainer, image_size
 from .config import DistillationConfig, check_milestones, check_range
+from .feature_maps import FeatureMapTeaching, full_precision
 from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
 from .optimizers import build_main_optimizer, milestone_schedule
 from .state import restore_rng_state, rng_state
@@ -217,8 +213,12 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             ClassifierAdapter(model, tap=args.feature_tap) for model in (*students, *(t.model for t in teachers))
         ]
         _check_classes(self.adapters)
-        size = image_size(train_dataset, processing_class, students[0].config)
-        networks = TrainingNetworks(students, self._training_only(args, len(students), size), teachers)
+        count = len(students)
+        # Whom each student learns from: the one before it in the cycle, or the teacher, who comes last.
+        self.sources = [count if teachers else previous(k, count) for k in range(count)]
+        self.maps = self._teach_maps(args, image_size(train_dataset, processing_class, students[0].config))
+        training_only = dict(self.maps.named_children()) if self.maps is not None else {}
+        networks = TrainingNetworks(students, training_only, teachers)
         super().__init__(
             networks,
             args,
@@ -231,41 +231,14 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         )
         self._pending: list[_MicroBatch] = []
 
-    def _training_only(self, args: OnlineAdversarialConfig, students: int, side: int) -> dict[str, nn.Module]:
+    def _teach_maps(self, args: OnlineAdversarialConfig, side: int) -> FeatureMapTeaching | None:
         """T_k and D_k, drawn from a generator of their own: with or without them the students start alike."""
         if args.feature_loss == "none" or args.feature_loss_weight == 0:
-            return {}
+            return None
         shapes = [adapter.feature_shape(side) for adapter in self.adapters]
-        # A frozen teacher's map is taken as it is: nobody would train its transfer layer.
-        channels, *size = common_map_shape(shapes[students:] or shapes, args.transfer_channels)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed + 1)
-            transfer = nn.ModuleList(
-                TransferLayer(
-                    shape[0],
-                    channels,
-                    (size[0], size[1]),
-                    activation=args.transfer_activation,
-                    always=args.transfer_always and k < students,
-                )
-                for k, shape in enumerate(shapes)
-            )
-            if args.feature_loss != "adversarial":
-                return {"transfer": transfer}
-            discriminators = nn.ModuleList(
-                FeatureDiscriminator(
-                    channels,
-                    (size[0], size[1]),
-                    hidden_channels=args.discriminator_channels,
-                    num_layers=args.discriminator_layers,
-                    norm=args.discriminator_norm,
-                    spectral_norm=args.discriminator_spectral_norm,
-                    patch=args.discriminator_patch,
-                    sigmoid=args.gan_loss == "lsgan_sigmoid",
-                )
-                for _ in range(students)
-            )
-        return {"transfer": transfer, "discriminators": discriminators}
+            return FeatureMapTeaching(shapes, self.sources, args)
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -276,45 +249,37 @@ class OnlineAdversarialTrainer(DistillationTrainer):
     @property
     def _joined(self) -> bool:
         """Alignment is part of the main optimizer's loss."""
-        return self.args.feature_optimizer == "main" and "transfer" in self.model.training_only
+        return self.args.feature_optimizer == "main" and self.maps is not None
 
     @property
     def _adversarial(self) -> bool:
-        return "discriminators" in self.model.training_only
+        return self.maps is not None and len(self.maps.discriminators) > 0
 
     def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """SGD over all of Theta_k; Adam over G_k and T_k; Adam over D_k (paper, section 4; groups inferred)."""
         args = self.args
         students = [p for p in self.model.students.parameters() if p.requires_grad]
-        if self._joined:
-            students += self._transfer.parameters()
+        if self.maps is not None and self._joined:
+            students += self.maps.transfer.parameters()
         optimizers = {"student": build_main_optimizer(students, args)}
         if self._map_losses:
             # Coupled: the decay enters Adam's normalised step, so that most of it is a constant-speed shrink.
             adam = torch.optim.AdamW if args.feature_optimizer == "adamw" else torch.optim.Adam
             decay = args.feature_weight_decay
             optimizers["feature"] = adam(self._feature_parameters(), lr=args.feature_learning_rate, weight_decay=decay)
-            if self._adversarial:
+            if self.maps is not None and self._adversarial:
                 rate = args.discriminator_learning_rate
                 rate = args.feature_learning_rate if rate is None else rate
-                optimizers["discriminator"] = adam(self._discriminators.parameters(), lr=rate, weight_decay=decay)
+                optimizers["discriminator"] = adam(self.maps.discriminators.parameters(), lr=rate, weight_decay=decay)
         return optimizers
 
     def _feature_parameters(self) -> list[nn.Parameter]:
         """Of every G_k and T_k; never of a head C_k or of a frozen teacher."""
         count = len(self.model.students)
         parameters = [p for adapter in self.adapters[:count] for p in adapter.backbone_parameters()]
-        if "transfer" in self.model.training_only:
-            parameters += [p for layer in self._transfer[:count] for p in layer.parameters()]
+        if self.maps is not None:
+            parameters += [p for layer in self.maps.transfer[:count] for p in layer.parameters()]
         return [p for p in parameters if p.requires_grad]
-
-    @property
-    def _transfer(self) -> Any:
-        return self.model.training_only["transfer"]
-
-    @property
-    def _discriminators(self) -> Any:
-        return self.model.training_only["discriminators"]
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
         args = self.args
@@ -345,9 +310,10 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         maps_active = started and self._map_losses
 
         losses, parts = self._logit_losses(features, batch["labels"])
-        if started and self._joined:
-            aligned = self._feature_losses(self._maps(features))
+        if self.maps is not None and started and self._joined:
+            aligned = self.maps.extractor_losses(self._maps(features))
             losses = [x + self.args.feature_loss_weight * y for x, y in zip(losses, aligned, strict=True)]
+            parts |= {f"student_{k}_feature": loss for k, loss in enumerate(aligned)}
         # Peers are detached, so the gradient of the sum is each network's own.
         total = torch.stack(losses).sum()
         self._accumulate("student", share * total, retain_graph=maps_active and not again)
@@ -363,14 +329,15 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         """Discriminators first, then feature extractors through them; returns L_G^k and the discriminators' log."""
         args = self.args
         parts: dict[str, Tensor] = {}
-        if args.feature_loss_weight == 0:
+        if self.maps is None:
             if last:  # the control: Adam sees zero gradients and its weight decay
                 parameters = self._feature_parameters()
                 self.optimizer.accumulate("feature", parameters, [torch.zeros_like(p) for p in parameters])
             return [], parts
         maps = self._maps(features)
         if self._adversarial:
-            losses, parts = self._discriminator_losses([f.detach() for f in maps])
+            with self.autocast():
+                losses, parts = self.maps.discriminator_losses(maps)
             self._accumulate("discriminator", this.share * torch.stack(losses).sum())
         if last and self._adversarial and args.update_order == "discriminator_first":
             self.optimizer.step_now("discriminator")
@@ -390,7 +357,9 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         return list(torch.stack(sums).sum(dim=0) / this.share), parts
 
     def _extractor_step(self, maps: list[Tensor], share: float) -> list[Tensor]:
-        losses = self._feature_losses(maps)
+        assert self.maps is not None
+        with self.autocast():
+            losses = self.maps.extractor_losses(maps)
         self._accumulate("feature", share * self.args.feature_loss_weight * torch.stack(losses).sum())
         return [loss.detach() for loss in losses]
 
@@ -416,29 +385,19 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                     features.append(adapter(teacher.renormalize(pixel_values)))
         return features
 
-    @property
-    def _learners(self) -> range:
-        return range(len(self.model.students))
-
-    def _source_of(self, student: int) -> int:
-        """Whom `student` learns from, as an index into features and maps."""
-        count = len(self.model.students)
-        return count if len(self.model.teachers) else previous(student, count)
-
     def _logit_losses(
         self, features: list[ClassifierFeatures], labels: Tensor
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """L_logit^k = CE(y, softmax(z_k)) + T^2 KL(softmax(z_prev(k) / T) || softmax(z_k / T)) (paper, eq. 13)."""
         args = self.args
         weight = args.kl_weight * kl_rampup(self.state.epoch or 0.0, args.kl_rampup_epochs)
-        logits = [_full_precision(f.logits) for f in features]
-        count = len(self.model.students)
+        logits = [full_precision(f.logits) for f in features]
         losses, parts = [], {}
-        for k in self._learners:
+        for k, source in enumerate(self.sources):
             loss = parts[f"student_{k}_ce"] = F.cross_entropy(logits[k], labels)
             if weight > 0:
                 everyone = args.logit_source == "all" and not len(self.model.teachers)
-                sources = [j for j in range(count) if j != k] if everyone else [self._source_of(k)]
+                sources = [j for j in range(len(self.sources)) if j != k] if everyone else [source]
                 divergences = [distillation_kl(logits[k], logits[j], args.temperature) for j in sources]
                 kl = parts[f"student_{k}_kl"] = torch.stack(divergences).mean()
                 loss = loss + weight * kl
@@ -446,9 +405,10 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         return losses, parts
 
     def _maps(self, features: list[ClassifierFeatures]) -> list[Tensor]:
-        """f_k = T_k(F_k), of one shape for all networks."""
+        """f_k = T_k(F_k), of one shape for all networks; without transfer layers F_k."""
+        maps = [f.feature_map for f in features]
         with self.autocast():
-            return [layer(f.feature_map) for layer, f in zip(self._transfer, features, strict=True)]
+            return maps if self.maps is None else self.maps(maps)
 
     def _maps_again(self, earlier: "_MicroBatch") -> list[Tensor]:
         """The maps of an earlier forward pass, with its dropout and without updating running statistics again."""
@@ -460,66 +420,19 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         restore_rng_state(now)
         return maps
 
-    def _feature_losses(self, maps: list[Tensor]) -> list[Tensor]:
-        """L_G^k = (1 - D_k(f_k))^2 (paper, eq. 14), or the distance to f_prev(k)."""
-        args = self.args
-        if not self._adversarial:
-            power = 1 if args.feature_loss == "l1" else 2
-            return [
-                alignment_loss(
-                    _full_precision(maps[k]), _full_precision(maps[self._source_of(k)]), power, args.feature_normalize
-                )
-                for k in self._learners
-            ]
-        losses = []
-        for k in self._learners:
-            _, fake = self._scores(k, maps[self._source_of(k)].detach(), maps[k], fake_only=True)
-            losses.append(generator_loss(fake, args.gan_loss))
-        return losses
-
-    def _discriminator_losses(self, maps: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """L_D^k = (1 - D_k(f_prev(k)))^2 + D_k(f_k)^2 (paper, eq. 14), on detached maps."""
-        losses: list[Tensor] = []
-        parts: dict[str, Tensor] = {}
-        for k in self._learners:
-            real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
-            losses.append(discriminator_loss(real, fake, self.args.gan_loss))
-            judged = discriminator_accuracy(real, fake, undecided_score(self.args.gan_loss))
-            parts |= {f"discriminator_{k}_loss": losses[-1], f"discriminator_{k}_accuracy": judged["accuracy"]}
-        return losses, parts
-
-    def _scores(self, k: int, real: Tensor, fake: Tensor, fake_only: bool = False) -> tuple[Tensor, Tensor]:
-        """D_k of the maps it learns from and of its own, in one pass or two: batch norm tells the difference."""
-        discriminator = self._discriminators[k]
-        with self.autocast():
-            if self.args.discriminator_batch == "joint":
-                scores = discriminator(torch.cat([real, fake]))
-                return scores[: len(real)], scores[len(real) :]
-            own = discriminator(fake)
-            return (own if fake_only else discriminator(real)), own
-
     # -- evaluation --------------------------------------------------------------------------------------------------
-
-    @property
-    def _compared(self) -> list[tuple[int, int]]:
-        """Who learns from whom, each pair once: in a cohort of two, (0, 1) and (1, 0) are one."""
-        return sorted({(min(k, j), max(k, j)) for k in self._learners for j in [self._source_of(k)] if j != k})
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self._features(batch["pixel_values"])
-        outputs = {"logits": torch.stack([_full_precision(features[k].logits) for k in self._learners], dim=1)}
-        transferred = "transfer" in self.model.training_only
-        maps = self._maps(features) if transferred else [f.feature_map for f in features]
-        for a, b in self._compared:
-            if maps[a].shape == maps[b].shape:
+        logits = [full_precision(f.logits) for f in features[: len(self.sources)]]
+        outputs = {"logits": torch.stack(logits, dim=1)}
+        maps = self._maps(features)
+        # In a cohort of two, (0, 1) and (1, 0) are one pair.
+        for a, b in sorted({(min(pair), max(pair)) for pair in enumerate(self.sources)}):
+            if a != b and maps[a].shape == maps[b].shape:
                 outputs[f"maps_{a}_{b}"] = map_distances(maps[a], maps[b])
-        # Discriminators with batch norm cannot judge a single map.
-        if self._adversarial and len(maps[0]) > 1:
-            undecided = undecided_score(self.args.gan_loss)
-            for k in self._learners:
-                real, fake = self._scores(k, maps[self._source_of(k)], maps[k])
-                right = torch.stack([real > undecided, fake < undecided], dim=1).flatten(1)
-                outputs[f"discriminator_{k}"] = right.float().mean(dim=1)
+        if self.maps is not None and len(maps[0]) > 1:  # batch norm cannot judge a single map
+            outputs |= self.maps.judge(maps)
         return outputs
 
     def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
@@ -535,10 +448,6 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             elif name.startswith("discriminator_"):
                 metrics[f"{name}_accuracy"] = values.mean().item()
         return metrics
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _check_classes(adapters: Sequence[ClassifierAdapter]) -> None:

@@ -196,13 +196,14 @@ sys.exit(main(["study", sys.argv[1], "--output_dir", "out"]))
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_run_which_saves_before_the_study_ends(tmp_path, signum):
     write(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", CHILD, "toy.yaml"], cwd=tmp_path, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", CHILD, "toy.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.1)
-    os.kill(process.pid, signum)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signum
+    if process.poll() is None:
+        os.kill(process.pid, signum)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum, error
     assert (tmp_path / "saved").read_text() == str(int(signum))
     assert not (tmp_path / "out" / "results.csv").exists()

@@ -73,11 +73,11 @@ def test_each_loss_reaches_its_own_networks_only(make_trainer):
     students, transfer = trainer.model.students, trainer.model.training_only["transfer"]
     discriminators = trainer.model.training_only["discriminators"]
 
-    for k, loss in enumerate(trainer._discriminator_losses([f.detach() for f in maps])[0]):
+    for k, loss in enumerate(trainer.maps.discriminator_losses(maps)[0]):
         assert reaches_all(loss, list(discriminators[k].parameters()))
         assert not any(reaches(loss, discriminators[j]) for j in range(3) if j != k)
         assert not any(reaches(loss, students[j]) or reaches(loss, transfer[j]) for j in range(3))
-    for k, loss in enumerate(trainer._feature_losses(maps)):
+    for k, loss in enumerate(trainer.maps.extractor_losses(maps)):
         # Every parameter of G_k, batch norm's included, and nothing of C_k.
         assert reaches_all(loss, trainer.adapters[k].backbone_parameters() + list(transfer[k].parameters()))
         assert not reaches(loss, trainer.adapters[k].head)
@@ -92,7 +92,7 @@ def test_transfer_layers_bring_unequal_maps_to_one_shape(make_trainer):
     trainer = make_trainer(mixed_students())
     maps = trainer._maps(trainer._features(one_batch(trainer)["pixel_values"]))
     assert len({f.shape for f in maps}) == 1
-    assert [len(list(layer.parameters())) > 0 for layer in trainer._transfer] == [False, False, True]
+    assert [len(list(layer.parameters())) > 0 for layer in trainer.maps.transfer] == [False, False, True]
 
 
 def test_extractor_step_leaves_the_discriminators_alone(make_trainer):
@@ -156,7 +156,7 @@ def losses_of(trainer, batch):
     features = trainer._features(batch["pixel_values"])
     logit = trainer._logit_losses(features, batch["labels"])[0]
     maps = trainer._maps(features)
-    return logit, trainer._discriminator_losses(maps)[0], trainer._feature_losses(maps)
+    return logit, trainer.maps.discriminator_losses(maps)[0], trainer.maps.extractor_losses(maps)
 
 
 def test_knowledge_flows_one_way_around_the_cycle(make_trainer):
@@ -183,8 +183,7 @@ def test_relabelling_the_cycle_permutes_the_losses(make_trainer):
     before = losses_of(trainer, batch)
     order = [1, 2, 0]
     trainer.adapters = [trainer.adapters[i] for i in order]
-    discriminators = trainer.model.training_only["discriminators"]
-    trainer.model.training_only["discriminators"] = torch.nn.ModuleList([discriminators[i] for i in order])
+    trainer.maps.discriminators = torch.nn.ModuleList([trainer.maps.discriminators[i] for i in order])
     after = losses_of(trainer, batch)
     for group, moved in zip(before, after, strict=True):
         for new, old in enumerate(order):

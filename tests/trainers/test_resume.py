@@ -1,13 +1,13 @@
 """A resumed run is the run that never stopped, to the bit: every step, with workers, after kills, and strictly."""
 
 import json
-import multiprocessing
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from processes import contents, differences, in_a_process
 from resume_run import STEPS, run
 from safetensors.torch import load_file, save_file
 
@@ -16,34 +16,9 @@ from hfkd.hub.manifest import write_manifest
 from hfkd.trainers.checkpointing import newest_valid_checkpoint
 
 
-# A server that has imported everything but run nothing: each child is a fresh process without the start-up cost.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["hfkd.trainers.online_adversarial", "sklearn.datasets"])
-
-
-def in_a_process(folder, expected_exit=0, **arguments):
-    process = processes.Process(target=run, args=(folder,), kwargs=arguments)
-    process.start()
-    process.join(120)
-    assert process.exitcode == expected_exit
-    return folder
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     return in_a_process(tmp_path_factory.mktemp("straight"))
-
-
-def contents(checkpoint: Path):
-    """Every file that holds state: weights and buffers, training-only modules, optimizers, schedules, generators."""
-    files = [*checkpoint.rglob("*.safetensors"), *checkpoint.glob("training_state/*.json")]
-    return {str(file.relative_to(checkpoint)): file.read_bytes() for file in files}
-
-
-def differences(a: Path, b: Path):
-    left, right = contents(a), contents(b)
-    assert left.keys() == right.keys() and len(left) == 8
-    return [name for name in left if left[name] != right[name]]
 
 
 def resume_from(straight, step, tmp_path, **arguments):

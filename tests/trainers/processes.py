@@ -1,0 +1,30 @@
+"""Runs in processes of their own, as a user starts them, and what two of them left behind."""
+
+import multiprocessing
+
+from resume_run import run
+
+
+# A server that has imported everything but run nothing: each child is a fresh process without the start-up cost.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["hfkd.trainers.online_adversarial", "sklearn.datasets"])
+
+
+def in_a_process(folder, expected_exit=0, target=run, **arguments):
+    process = processes.Process(target=target, args=(folder,), kwargs=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == expected_exit
+    return folder
+
+
+def contents(checkpoint):
+    """Every file that holds state: weights and buffers, training-only modules, optimizers, schedules, generators."""
+    files = [*checkpoint.rglob("*.safetensors"), *checkpoint.glob("training_state/*.json")]
+    return {str(file.relative_to(checkpoint)): file.read_bytes() for file in files}
+
+
+def differences(a, b):
+    left, right = contents(a), contents(b)
+    assert left.keys() == right.keys() and len(left) == 8
+    return [name for name in left if left[name] != right[name]]
