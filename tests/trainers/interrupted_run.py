@@ -26,8 +26,11 @@ def interrupted_run(output_dir, signum, step=None, evaluation=None, again=None, 
         checkpointing.write_state,
     )
 
+    received = []
+
     def method_step(self, *args):
         if self.state.global_step + 1 == step:
+            received.append(step)
             signal.raise_signal(signum)
             if again == "in the step":
                 signal.raise_signal(signum)
@@ -40,7 +43,7 @@ def interrupted_run(output_dir, signum, step=None, evaluation=None, again=None, 
 
     def write_state(folder, name, state):
         write(folder, name, state)
-        if again == "in the save" and name == "optimizers":
+        if again == "in the save" and received and name == "optimizers":
             signal.raise_signal(signum)
 
     # Of this process, which ends with the run.
