@@ -11,29 +11,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hfkd.data import DataArguments, load_image_datasets, make_source
+from hfkd.data import DataArguments, ImageDatasets, load_image_datasets, make_source
 from hfkd.errors import RunError
 from hfkd.evaluation.cohort import cohort_metrics, ensemble_scores
 from hfkd.evaluation.statistics import describe_difference, paired_accuracy_difference
 
 from .checkpoint import load_cohort
-from .evaluate import logits_over
+from .evaluate import data_of_run, logits_over
 from .methods import find_method
+from .options import build, check_values, read_yaml
 from .present import percent
 from .train import train
 
 
 METHOD = "online-adversarial"
-# Few labels, and many test images: on the usual split one image decides.
-DATA: dict[str, Any] = {"dataset_name": "digits", "test_size": 1597.0, "validation_size": 0.0}
-SETTINGS: dict[str, Any] = {
-    "num_train_epochs": 80.0,
-    "per_device_train_batch_size": 32,
-    "learning_rate": 0.05,
-    "logging_strategy": "epoch",
-    "eval_strategy": "no",
-    "save_strategy": "no",
-}
+# 200 labels, and 1,597 test images: on the usual split one image decides.
+RECIPE = "digits.yaml"
 # The same students, seeds and batches, without anything between them.
 ALONE: dict[str, Any] = {"kl_weight": 0.0, "feature_loss": "none"}
 CAVEAT = "The error is that of 1,597 images; another seed moves the numbers too, which `hfkd study` measures."
@@ -63,7 +56,8 @@ def demo(output_dir: Path) -> None:
 
 def _train_both(output_dir: Path) -> None:
     method = find_method(METHOD)
-    settings = {**DATA, **SETTINGS}
+    recipe = method.recipes / RECIPE
+    settings = check_values(read_yaml(recipe), method.dataclasses(), str(recipe)) | {"save_strategy": "no"}
     print("1/3  training a pair of students that teach each other (AFD) on 200 labelled digits", flush=True)
     train(method, {**settings, "output_dir": str(output_dir)}, show_logs=False)
     print("2/3  training the same two students alone (cross-entropy only)", flush=True)
@@ -93,9 +87,14 @@ def _comparison(output_dir: Path) -> str:
 
 def _test_logits(folder: Path) -> tuple[Tensor, Tensor]:
     cohort = load_cohort(str(folder))
-    data = load_image_datasets(DataArguments(**DATA))
-    assert data.test is not None  # DATA asks for test images
+    data = _data_of(folder)
+    assert data.test is not None  # the recipe asks for test images
     return logits_over(cohort, make_source(data.test, data.columns, cohort.preprocessing), torch.device("cpu"))
+
+
+def _data_of(folder: Path) -> ImageDatasets:
+    (arguments,) = build([DataArguments], data_of_run(folder))
+    return load_image_datasets(arguments)
 
 
 def _mean(logits: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def _right(scores: Tensor, labels: Tensor) -> Any:
 
 def _reload(output_dir: Path) -> str:
     """Classify one test digit with the saved student in a new process."""
-    data = load_image_datasets(DataArguments(**DATA))
+    data = _data_of(output_dir)
     assert data.test is not None and data.columns.class_names is not None
     example = data.test[0]
     image: Image.Image = example[data.columns.image_column]

@@ -54,7 +54,9 @@ def run(argv: list[str]) -> int:
         raise InputError("hfkd evaluate needs a checkpoint first: hfkd evaluate FOLDER_OR_HUB_ID [--option value ...]")
     arguments = build([EvaluateArguments], values)[0]
     cohort = load_cohort(name, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
-    (data_arguments,) = build([DataArguments], {**_data_of_run(cohort.folder, values), **values})
+    # Unless the user names data, the test images are those of the run.
+    data_options = {} if "dataset_name" in values else data_of_run(cohort.folder)
+    (data_arguments,) = build([DataArguments], {**data_options, **values})
     result = evaluate(cohort, load_image_datasets(data_arguments), arguments)
     print(describe_accuracies(result["metrics"], result["n_test"]))
     for setting, value in result["settings"].items():
@@ -64,10 +66,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _data_of_run(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The data options that the checkpoint was trained with, unless the user names a data set."""
+def data_of_run(folder: Path) -> dict[str, Any]:
+    """The data options that a saved run was trained with; none where its folder does not say."""
     path = folder / RUN_FILE
-    if "dataset_name" in given or not path.is_file():
+    if not path.is_file():
         return {}
     names = {field.name for field in dataclasses.fields(DataArguments)}
     options = {name: value for name, value in read_yaml(path).items() if name in names}

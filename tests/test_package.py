@@ -130,3 +130,19 @@ def test_readme_commands_exist():
 def test_readme_links_and_pictures_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_readme_shows_finished_studies_as_measured(path):
+    """A study all of whose runs are in the results file has its table in the README, digit for digit."""
+    from hfkd.scripts.report import make_table
+    from hfkd.scripts.results import COLUMNS, read_csv
+    from hfkd.scripts.study_file import read_study
+
+    study = read_study(path)
+    rows = read_csv(ROOT / f"scripts/results/{study.method.stem}.csv", COLUMNS)
+    runs = {(row["arm"], int(row["seed"])) for row in rows if row["recipe"] == study.name}
+    if len(runs) == len(study.arms) * len(study.seeds):
+        assert make_table(study, rows) in README
+    else:
+        assert study.name not in README  # no figure of an unfinished study
