@@ -101,8 +101,9 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs/digits/student_1/model.safetensors").is_file()
 
 
-def test_readme_commands_exist():
+def test_readme_commands_exist(capsys):
     """Every `hfkd` line of the README parses: known command, known options, files that are there."""
+    from hfkd.scripts.cli import main
     from hfkd.scripts.methods import find_method
     from hfkd.scripts.options import read_options
     from hfkd.scripts.study_file import read_study
@@ -117,12 +118,10 @@ def test_readme_commands_exist():
         elif words[0] == "study":
             read_study(ROOT / words[1])
         else:
-            shown = subprocess.run(
-                [sys.executable, "-m", "hfkd.scripts.cli", words[0], "--help"], capture_output=True, text=True
-            )
-            assert shown.returncode == 0, shown.stderr
+            assert main([words[0], "--help"]) == 0
+            shown = capsys.readouterr().out
             for option in (word for word in words[1:] if word.startswith("--")):
-                assert option in shown.stdout, f"hfkd {command}: no option {option}"
+                assert option in shown, f"hfkd {command}: no option {option}"
     for target in ("demo", "test"):
         assert f"make {target}" in README and f"\n{target}:" in (ROOT / "Makefile").read_text()
 

@@ -25,7 +25,7 @@ from hfkd.data import (
 )
 from hfkd.errors import InputError, RunError
 
-from .checkpointing import Checkpointing, newest_valid_checkpoint
+from .checkpointing import Checkpointing, check_output_dir, newest_valid_checkpoint
 from .config import DistillationConfig
 from .distributed import all_ranks, check_same_parameters, world_size
 from .interrupt import StopOnSignal, TrainingInterrupted
@@ -87,6 +87,11 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         self.dataset_name = dataset_name
         self.measured = {}
         self._check_distribution(args)
+        if eval_dataset is None and args.eval_strategy != "no":
+            when = getattr(args.eval_strategy, "value", args.eval_strategy)
+            raise InputError(f"eval_strategy={when} needs an eval_dataset: pass one, or choose eval_strategy=no")
+        if args.should_save:
+            check_output_dir(args.output_dir)
         self.data_seed = args.seed if args.data_seed is None else args.data_seed
         if processing_class is None and isinstance(train_dataset, ImageSource):
             processing_class = train_dataset.preprocessing.to_image_processor()

@@ -42,6 +42,15 @@ logger = logging.get_logger(__name__)
 STATE_FOLDER = "training_state"
 
 
+def check_output_dir(output_dir: str | Path) -> None:
+    """Raise InputError unless `output_dir`, or the nearest of its parents that exists, can be written to."""
+    folder = Path(output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False where it cannot look
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if existing.is_dir() else "is a file"
+        raise InputError(f"output_dir={output_dir}: {existing} {reason}: choose another folder")
+
+
 def newest_valid_checkpoint(output_dir: str | Path) -> Path:
     """The checkpoint with the most steps whose manifest holds; those skipped are named in a warning.
 

@@ -106,6 +106,10 @@ class DistillationConfig(TrainingArguments):
         default=2, metadata={"help": "Checkpoints kept beside the best one; a cohort has many networks."}
     )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
+    # Kept out of the repr, which dataclasses write anew for each subclass, over the one that hides it.
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Token for the Hub; by default that of `hf auth login`."}
+    )
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, as in transformers."})
 
     momentum: float = field(default=0.9, metadata={"help": "Momentum of optim=sgd, in [0, 1)."})
@@ -143,6 +147,8 @@ class DistillationConfig(TrainingArguments):
         check_range("weight_decay", self.weight_decay, 0)
         check_range("max_grad_norm", self.max_grad_norm, 0)
         check_milestones("lr_milestones", self.lr_milestones)
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise InputError("save_strategy=best needs metric_for_best_model: student_0_accuracy, loss or another")
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
         if strategy not in ("every_save", "end"):
             raise InputError(f"hub_strategy={strategy} would push optimizer states: use every_save or end")

@@ -84,7 +84,10 @@ class FeatureMapTeaching(nn.Module):
         return losses, parts
 
     def judge(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """How right each D_k is about each image: `discriminator_<k>` (N,), in [0, 1]."""
+        """How right each D_k is about each image: `discriminator_<k>` (N,), in [0, 1]; NaN where N is 1."""
+        if len(maps[0]) == 1:  # batch norm cannot judge a single map
+            unknown = torch.full((1,), torch.nan, device=maps[0].device)
+            return {f"discriminator_{k}": unknown for k in range(len(self.discriminators))}
         undecided = undecided_score(self.args.gan_loss)
         judged = {}
         for k, source in enumerate(self.sources[: len(self.discriminators)]):

@@ -431,7 +431,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         for a, b in sorted({(min(pair), max(pair)) for pair in enumerate(self.sources)}):
             if a != b and maps[a].shape == maps[b].shape:
                 outputs[f"maps_{a}_{b}"] = map_distances(maps[a], maps[b])
-        if self.maps is not None and len(maps[0]) > 1:  # batch norm cannot judge a single map
+        if self.maps is not None:
             outputs |= self.maps.judge(maps)
         return outputs
 
@@ -445,8 +445,8 @@ class OnlineAdversarialTrainer(DistillationTrainer):
                 name = name if len(self.model.teachers) == 0 else name.rpartition("_")[0] + "_teacher"
                 l1, l2, cosine = values.mean(dim=0).tolist()
                 metrics |= {f"{name}_l1": l1, f"{name}_l2": l2, f"{name}_cosine": cosine}
-            elif name.startswith("discriminator_"):
-                metrics[f"{name}_accuracy"] = values.mean().item()
+            elif name.startswith("discriminator_") and not values.isnan().all():
+                metrics[f"{name}_accuracy"] = values.nanmean().item()
         return metrics
 
 

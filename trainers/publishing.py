@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from transformers import Trainer
 from transformers.utils import logging
 
-from hfkd.errors import RunError
+from hfkd.errors import InputError, RunError
 from hfkd.hub.hardware import environment_report
-from hfkd.hub.publish import check_target, push_folder
+from hfkd.hub.publish import check_target, push_failure, push_folder
 from hfkd.model_cards import (
     CardData,
     DataUsed,
@@ -77,10 +77,17 @@ class Publishing(Trainer):
             hyperparameters=changed_settings(args),
             log_history=tuple(self.state.log_history),
             environment=environment_report(),
-            wall_time_s=None if self._started is None else time.monotonic() - self._started,
+            wall_time_s=self._training_time(),
             command=command if run_file.exists() else None,
         )
         write_card(card, folder)
+
+    def _training_time(self) -> float | None:
+        """Seconds from the first step to the last, or to now while training."""
+        if self._started is None:
+            return None
+        finished = [entry["train_runtime"] for entry in self.state.log_history if "train_runtime" in entry]
+        return finished[-1] if finished else time.monotonic() - self._started
 
     def _parents(self) -> Iterator[Parent]:
         """Teachers, and what students were fine-tuned from; a network of fresh weights has no name."""
@@ -110,21 +117,10 @@ class Publishing(Trainer):
             return
         if self._push is not None and not self._push.done():
             return  # the next save carries newer weights anyway
-        self._warn_of_failed_push()
-        self._push = push_folder(
-            checkpoint_folder,
-            self._repo_id,
-            token=self.args.hub_token,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            revision=self.args.hub_revision,
-            run_as_future=True,
-        )
+        self._finish_current_push()
+        self._push = self._start_push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
 
     def _finish_current_push(self) -> None:
-        if self._push is not None:
-            self._warn_of_failed_push()
-
-    def _warn_of_failed_push(self) -> None:
         """Wait for the push under way; what went wrong is a warning, as the checkpoint is safe and a retry follows."""
         push, self._push = self._push, None
         if push is None:
@@ -132,7 +128,26 @@ class Publishing(Trainer):
         try:
             push.result()
         except RunError as error:
-            logger.warning(f"{error} (training goes on; the next save pushes again)")
+            logger.warning(f"{error} (training is not affected; the next push makes up for this one)")
+
+    def _start_push(
+        self, folder: str | Path, message: str, token: str | None = None, revision: str | None = None
+    ) -> "Future[Any]":
+        """A push in the background; whatever goes wrong waits in its future, as a RunError."""
+        try:
+            return push_folder(
+                folder,
+                self._repo_id,
+                token=token or self.args.hub_token,
+                commit_message=message,
+                private=self.args.hub_private_repo,
+                revision=revision or self.args.hub_revision,
+                run_as_future=True,
+            )
+        except InputError as error:  # the token that was there before the first step is gone
+            push: Future[Any] = Future()
+            push.set_exception(push_failure(str(error), folder, self._repo_id))
+            return push
 
     # -- at the end --------------------------------------------------------------------------------------------------
 
@@ -171,15 +186,8 @@ class Publishing(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        settings: dict[str, Any] = {
-            "token": token or self.args.hub_token,
-            "commit_message": commit_message,
-            "private": self.args.hub_private_repo,
-            "revision": revision or self.args.hub_revision,
-        }
-        if not blocking:
-            return push_folder(self.args.output_dir, self._repo_id, run_as_future=True, **settings)
-        return push_folder(self.args.output_dir, self._repo_id, **settings)
+        push = self._start_push(self.args.output_dir, commit_message, token, revision)
+        return push.result() if blocking else push
 
     @property
     def _repo_id(self) -> str:

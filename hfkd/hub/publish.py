@@ -207,6 +207,11 @@ def _push(
 
 def _failure(error: Exception, folder: Path | str, repo_id: str, api: HfApi) -> RunError:
     cause = str(error) if isinstance(error, RunError) else explain(error, repo_id, api.endpoint)
+    return push_failure(cause, folder, repo_id)
+
+
+def push_failure(cause: str, folder: Path | str, repo_id: str) -> RunError:
+    """The error of a push that failed for `cause`, with the line that repeats it."""
     again = f"hfkd push {shlex.quote(str(folder))} {shlex.quote(repo_id)}"
     return RunError(f"push to {repo_id} failed: {cause}; all files are kept, to repeat: {again}")
 

@@ -9,7 +9,8 @@ from hfkd.scripts.cli import main
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setitem(demo_online_adversarial.SETTINGS, "num_train_epochs", 2.0)
+    original = demo_online_adversarial.read_yaml
+    monkeypatch.setattr(demo_online_adversarial, "read_yaml", lambda path: {**original(path), "num_train_epochs": 2})
 
 
 def test_demo_trains_compares_reloads_and_says_where_everything_lies(short, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,21 @@
 """The trainer that the tests of this room run."""
 
+import gc
+
 import pytest
+from hub_fixtures import hub  # noqa: F401
 from tiny_runs import digit_sources, tiny_resnet
 
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_collections():
+    """Trainer collects garbage before it trains; past all imports that takes longer than these runs."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

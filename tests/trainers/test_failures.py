@@ -1,4 +1,4 @@
-"""Failures while running: one line says what and how to go on, the last good checkpoint stays, and nothing half-made."""
+"""Failures while running: one line says what and how to go on; the last good checkpoint stays, nothing half-made."""
 
 import errno
 import math
@@ -38,7 +38,7 @@ def tensors(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-# -- NaN -----------------------------------------------------------------------------------------------------------------
+# -- NaN -------------------------------------------------------------------------------------------------------------
 
 
 def poison(trainer, step):
@@ -97,7 +97,7 @@ class Spoil(TrainerCallback):
             dict(model.named_parameters())[self.name].data.view(-1)[0] = math.inf
 
 
-@pytest.mark.parametrize("name", ["students.1.classifier.weight", "training_only.discriminators.0.classifier.weight"])
+@pytest.mark.parametrize("name", ["students.1.classifier.weight", "training_only.discriminators.0.layers.0.weight"])
 def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, name):
     trainer = make_trainer(**SAVES, callbacks=[Spoil(4, name)])
     with pytest.raises(RunError) as caught:
@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_not_saved(make_trainer, tmp_path, name)
     assert_kept(tmp_path / "run", [2])
 
 
-# -- full disks, closed folders ------------------------------------------------------------------------------------------
+# -- full disks, closed folders --------------------------------------------------------------------------------------
 
 
 def full_disk(*_, **__):
@@ -171,6 +171,11 @@ def test_a_save_that_breaks_costs_no_checkpoint(make_trainer, tmp_path, monkeypa
     assert cause in message and "checkpoint-4: not saved" in message
     assert message.endswith(f"then resume with --resume_from_checkpoint {tmp_path / 'run/checkpoint-2'}")
     assert_kept(tmp_path / "run", [2])
+
+
+def test_a_run_goes_on_after_a_full_disk_as_if_it_had_not_been_full(make_trainer, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken, pytest.raises(RunError):
+        make_trainer(**SAVES, callbacks=[BreakSaves(broken, "student 1", step=4)]).train()
     make_trainer(**SAVES).train(resume_from_checkpoint=True)
     make_trainer(**SAVES, output_dir=tmp_path / "straight").train()
     assert tensors(tmp_path / "run/checkpoint-6") == tensors(tmp_path / "straight/checkpoint-6")
@@ -209,7 +214,7 @@ def test_a_card_that_cannot_be_written_is_told(make_trainer, tmp_path):
     AutoModelForImageClassification.from_pretrained(tmp_path / "run")
 
 
-# -- folders that cannot take a run --------------------------------------------------------------------------------------
+# -- folders that cannot take a run ----------------------------------------------------------------------------------
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(make_trainer, tmp_path):

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 
 from hfkd.hub.manifest import file_sha256, verify_manifest
 from hfkd.hub.remote_code import student_folder
+from hfkd.trainers import publishing
 
 
 # The fixtures below train and load once for all tests.
@@ -274,6 +276,13 @@ def test_the_card_tells_no_numbers_of_other_weights(tmp_path, stale):
     trainer.evaluate()
     trainer.save_model()
     assert "model-index" in metadata(tmp_path)
+
+
+def test_the_card_tells_the_training_time_however_late_it_is_written(runs, tmp_path, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(publishing.time, "monotonic", lambda: now + 3600)
+    runs["ours first"].trainer.write_card(tmp_path)
+    assert "Training time: 0 min" in (tmp_path / "README.md").read_text()
 
 
 # -- everyday use ------------------------------------------------------------------------------
