@@ -11,13 +11,12 @@ from loopback_hub import LoopbackHub
 
 @contextmanager
 def loopback_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[LoopbackHub]:
-    """A Hub that this process takes for the real one; no login of the machine's user is in reach."""
+    """A Hub beside which no login of the machine's user is in reach."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with LoopbackHub() as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
         yield server
 
 

@@ -3,7 +3,6 @@
 import gc
 
 import pytest
-from hub_fixtures import hub  # noqa: F401
 from tiny_runs import digit_sources, tiny_resnet
 
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer

@@ -4,6 +4,7 @@ import logging
 import re
 import shlex
 from concurrent.futures import wait
+from contextlib import contextmanager
 from threading import Event
 from types import SimpleNamespace
 
@@ -56,11 +57,25 @@ def titles(hub, repo=REPO):
     return [commit.title for commit in hub.commits(repo)]
 
 
+@contextmanager
+def default_hub(monkeypatch, folder):
+    """A Hub to which the trainers push."""
+    with loopback_hub(monkeypatch, folder) as server:
+        monkeypatch.setattr(publish.huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        yield server
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with default_hub(monkeypatch, tmp_path) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Three runs: one that pushes at every save, one at the end to a private repo, one to a branch."""
     base = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as monkeypatch, loopback_hub(monkeypatch, base) as hub:
+    with pytest.MonkeyPatch.context() as monkeypatch, default_hub(monkeypatch, base) as hub:
         every = make_shared(base / "every", hub)
         every.train()
         while_training = titles(hub)
