@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two test workers share the machine's cores: more threads than that only fight each other.
+# Two test workers share the machine's cores: more threads than that only fight each other. A file stays on one worker,
+# because its fixtures train once.
 WORKERS ?= 2
 
 .PHONY: install demo test lint format types clean
@@ -21,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/hfkd demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP) types
 	$(BIN)/ruff check .

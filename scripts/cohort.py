@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from hfkd.data import DataArguments, build_sources, load_image_datasets
 from hfkd.errors import InputError
@@ -58,6 +58,8 @@ def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort
         eval_dataset=sources.validation,
         processing_class=preprocessing.to_image_processor(),
         teacher=_build_teacher(cohort, networks),
+        teacher_processing_class=_teacher_processor(cohort),
+        dataset_name=data_arguments.dataset_name,
     )
     return Job(trainer, sources.train, sources.test)
 
@@ -76,3 +78,13 @@ def _build_teacher(cohort: CohortArguments, networks: dict[str, Any]) -> PreTrai
             f"{teacher.config.num_labels}: a teacher must have been trained on the same classes"
         )
     return teacher
+
+
+def _teacher_processor(cohort: CohortArguments) -> Any:
+    """The teacher's own image processor, as its statistics need not be the data's; None where it has none."""
+    if cohort.teacher is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(cohort.teacher)
+    except OSError:
+        return None

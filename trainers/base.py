@@ -93,8 +93,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         if args.should_save:
             check_output_dir(args.output_dir)
         self.data_seed = args.seed if args.data_seed is None else args.data_seed
-        if processing_class is None and isinstance(train_dataset, ImageSource):
-            processing_class = train_dataset.preprocessing.to_image_processor()
+        processing_class = processor_of(processing_class, train_dataset)
         # Trainer's __init__ sets these too, but the datasets are decoded before it starts.
         self.processing_class, self.model = processing_class, networks
         self._stop = StopOnSignal()
@@ -415,6 +414,13 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
             num_samples=len(all_labels),
         )
+
+
+def processor_of(processing_class: Any, dataset: Any) -> Any:
+    """The image processor of a run: the one given, or what an `ImageSource` does, as a stock processor."""
+    if processing_class is None and isinstance(dataset, ImageSource):
+        return dataset.preprocessing.to_image_processor()
+    return processing_class
 
 
 def image_size(dataset: Any, processing_class: Any, config: Any) -> int:

@@ -29,7 +29,7 @@ from hfkd.losses.online_adversarial import (
 )
 from hfkd.models import ClassifierAdapter, ClassifierFeatures
 
-from .base import DistillationTrainer, image_size
+from .base import DistillationTrainer, image_size, processor_of
 from .config import DistillationConfig, check_milestones, check_range
 from .feature_maps import FeatureMapTeaching, full_precision
 from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
@@ -207,6 +207,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         args = args or OnlineAdversarialConfig()
         if len(students) < (1 if teacher else 2):
             raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
+        processing_class = processor_of(processing_class, train_dataset)
         renormalize = Renormalize.between(processing_class, teacher_processing_class)
         teachers = [FrozenTeacher(teacher, renormalize)] if teacher is not None else []
         self.adapters = [
@@ -266,11 +267,12 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             # Coupled: the decay enters Adam's normalised step, so that most of it is a constant-speed shrink.
             adam = torch.optim.AdamW if args.feature_optimizer == "adamw" else torch.optim.Adam
             decay = args.feature_weight_decay
-            optimizers["feature"] = adam(self._feature_parameters(), lr=args.feature_learning_rate, weight_decay=decay)
+            rate = args.feature_learning_rate
+            optimizers["feature"] = adam(self._feature_parameters(), lr=rate, weight_decay=decay, fused=True)
             if self.maps is not None and self._adversarial:
-                rate = args.discriminator_learning_rate
-                rate = args.feature_learning_rate if rate is None else rate
-                optimizers["discriminator"] = adam(self.maps.discriminators.parameters(), lr=rate, weight_decay=decay)
+                rate = rate if args.discriminator_learning_rate is None else args.discriminator_learning_rate
+                parameters = self.maps.discriminators.parameters()
+                optimizers["discriminator"] = adam(parameters, lr=rate, weight_decay=decay, fused=True)
         return optimizers
 
     def _feature_parameters(self) -> list[nn.Parameter]:

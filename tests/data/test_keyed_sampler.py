@@ -18,8 +18,6 @@ from hfkd.data import DrawsDataset, KeyedSampler, collate, keyed_permutation, ke
 
 LENGTH, BATCH, SKIPPED = 45, 4, 2
 Keys = list[list[list[int]]]
-# One xdist worker runs the two ranks, once.
-TWO_RANKS = pytest.mark.xdist_group("data_two_ranks")
 
 
 def loader_for(accelerator: Accelerator, batch_size: int, drop_last: bool, workers: int) -> DataLoader:
@@ -125,7 +123,6 @@ def test_one_process(drop_last: bool, workers: int) -> None:
     assert seen["epoch 2 after resuming"] == seen["epoch 2"]
 
 
-@TWO_RANKS
 def test_two_processes_join_to_one(two_ranks: list[dict[str, dict[str, Keys]]]) -> None:
     one = record(2 * BATCH, True, 0)
     for epoch in range(3):
@@ -135,7 +132,6 @@ def test_two_processes_join_to_one(two_ranks: list[dict[str, dict[str, Keys]]]) 
             assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(x) for x in one[f"epoch {epoch}"]]
 
 
-@TWO_RANKS
 def test_two_processes_resume_in_the_middle_of_an_epoch(two_ranks: list[dict[str, dict[str, Keys]]]) -> None:
     for rank in two_ranks:
         for seen in rank.values():
@@ -143,7 +139,6 @@ def test_two_processes_resume_in_the_middle_of_an_epoch(two_ranks: list[dict[str
             assert seen["epoch 2 after resuming"] == seen["epoch 2"]
 
 
-@TWO_RANKS
 def test_two_processes_with_even_batches_see_every_sample(two_ranks: list[dict[str, dict[str, Keys]]]) -> None:
     for epoch in range(3):
         parts = [rank["False 0"][f"epoch {epoch}"] for rank in two_ranks]

@@ -13,7 +13,6 @@ from hfkd.hub.manifest import verify_manifest
 from hfkd.trainers.checkpointing import newest_valid_checkpoint
 
 
-pytestmark = pytest.mark.xdist_group("interrupt")
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # No checkpoint but that of the signal.
 NONE = {"save_strategy": "no"}

@@ -29,7 +29,6 @@ from hfkd.trainers import publishing
 
 
 # The fixtures below train and load once for all tests.
-pytestmark = pytest.mark.xdist_group("saving")
 COHORT_NAMES = list(COHORTS)
 
 

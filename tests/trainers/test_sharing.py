@@ -25,7 +25,7 @@ from hfkd.trainers.online_adversarial import OnlineAdversarialTrainer
 # huggingface_hub 2.4 itself still uploads with data=, which its httpx2 wants called content=.
 _ITS_OWN_WARNING = "ignore:Use 'content=:DeprecationWarning"
 # The fixture `shared` trains, pushes and loads once for all tests.
-pytestmark = [pytest.mark.xdist_group("sharing"), pytest.mark.filterwarnings(_ITS_OWN_WARNING)]
+pytestmark = pytest.mark.filterwarnings(_ITS_OWN_WARNING)
 REPO = "tester/cohort"
 COMMIT = "POST .*/commit/main"
 # No curve to draw.
