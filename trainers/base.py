@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,10 +26,17 @@ from hfkd.data import (
 )
 from hfkd.errors import InputError, RunError
 
-from .checkpointing import Checkpointing, check_output_dir, newest_valid_checkpoint
+from .checkpointing import (
+    Checkpointing,
+    check_nothing_later,
+    check_output_dir,
+    newest_valid_checkpoint,
+    set_aside_later_checkpoints,
+)
 from .config import DistillationConfig
-from .distributed import all_ranks, check_same_parameters, world_size
+from .distributed import all_ranks, broadcast_buffers, broadcast_state, check_same_parameters, world_size
 from .interrupt import StopOnSignal, TrainingInterrupted
+from .memory import keep_freed_memory
 from .networks import TrainingNetworks
 from .optimizers import NamedOptimizers, NamedSchedules
 from .publishing import Publishing
@@ -51,7 +59,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         eval_dataset: the same, or a dict of them.
         processing_class: the stock image processor that is saved beside the students and gives size, mean and
             standard deviation.
-        augmentation: of the training images; none by default.
+        augmentation: of the training images; by default a source's own, and none for a `datasets.Dataset`.
         callbacks: as in `transformers.Trainer`.
         dataset_name: what the card calls the data: a Hub id, `digits`, or a folder.
 
@@ -93,14 +101,16 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         if args.should_save:
             check_output_dir(args.output_dir)
         self.data_seed = args.seed if args.data_seed is None else args.data_seed
-        processing_class = processor_of(processing_class, train_dataset)
+        self.preprocessing = preprocessing_of(train_dataset, processing_class, networks.config)
+        if processing_class is None and isinstance(train_dataset, ImageSource):
+            processing_class = self.preprocessing.to_image_processor()
         # Trainer's __init__ sets these too, but the datasets are decoded before it starts.
         self.processing_class, self.model = processing_class, networks
         self._stop = StopOnSignal()
         super().__init__(
             model=networks,
             args=args,
-            train_dataset=None if train_dataset is None else self._image_source(train_dataset, augmentation),
+            train_dataset=None if train_dataset is None else self._image_source(train_dataset, "train", augmentation),
             eval_dataset=self._eval_sources(eval_dataset),
             processing_class=processing_class,
             data_collator=collate,
@@ -155,23 +165,37 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
 
     # -- data ------------------------------------------------------------------------------------------------------
 
-    def _image_source(self, dataset: Any, augmentation: Augmentation | None = None) -> ImageSource:
+    def _image_source(self, dataset: Any, name: str, augmentation: Augmentation | None = None) -> ImageSource:
         """An image source that draws by this run's seed; a `datasets.Dataset` is decoded as the processor says."""
         if isinstance(dataset, ImageSource):
-            return dataset.variant(seed=self.data_seed, views=self.views)
+            return dataset.variant(seed=self.data_seed, views=self.views, augmentation=augmentation)
+        if not isinstance(dataset, datasets.Dataset):
+            hint = "pass one of its splits" if isinstance(dataset, datasets.DatasetDict) else "pass a datasets.Dataset"
+            raise InputError(f"the {name} dataset is a {type(dataset).__name__}: {hint}, or an ImageSource")
         if self.processing_class is None:
             raise InputError("processing_class=None: a datasets.Dataset needs an image processor to be decoded")
-        channels = getattr(self.model.config, "num_channels", 3)
-        preprocessing = Preprocessing.from_image_processor(self.processing_class, num_channels=channels)
-        columns = find_columns(dataset.features)
+        dataset = dataset.with_format(None)  # a transform of the user's would come before the decoding
         return make_source(
-            dataset, columns, preprocessing, augmentation=augmentation, seed=self.data_seed, views=self.views
+            dataset,
+            find_columns(dataset.features, require_labels=False),
+            self.preprocessing,
+            augmentation=augmentation,
+            seed=self.data_seed,
+            views=self.views,
+            name=name,
         )
 
+    def _eval_source(self, dataset: Any, name: str = "eval") -> ImageSource:
+        """Evaluation sees images as they are, also those of a source that is augmented for training."""
+        return self._image_source(dataset, name, Augmentation())
+
     def _eval_sources(self, dataset: Any) -> Any:
-        if isinstance(dataset, dict):
-            return {name: self._image_source(part) for name, part in dataset.items()}
-        return None if dataset is None else self._image_source(dataset)
+        if not isinstance(dataset, dict) or isinstance(dataset, datasets.DatasetDict):
+            return None if dataset is None else self._eval_source(dataset)
+        sources = {name: self._eval_source(part, name) for name, part in dataset.items()}
+        for name, source in sources.items():
+            source.name = name  # what the card calls it; two parts may come from sources of one name
+        return sources
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
@@ -184,7 +208,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("eval_dataset=None: evaluation needs a dataset")
-        return self._loader(self._image_source(dataset), self.args.eval_batch_size, train=False)
+        return self._loader(self._eval_source(dataset), self.args.eval_batch_size, train=False)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
@@ -232,6 +256,10 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_valid_checkpoint(output_dir))
+            if self.args.should_save:
+                set_aside_later_checkpoints(Path(resume_from_checkpoint))
+        elif resume_from_checkpoint:
+            check_nothing_later(Path(resume_from_checkpoint), output_dir)
         elif not resume_from_checkpoint and (found := sort_checkpoints(output_dir=str(output_dir))):
             raise InputError(
                 f"output_dir={output_dir} holds another run's {Path(found[-1]).name}: go on with it by "
@@ -243,21 +271,22 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._stop.restore()
-        if self._stop.received is not None:
-            raise TrainingInterrupted(self._stop.received, str(self._checkpoint_of_this_step))
         return output
-
-    @property
-    def _checkpoint_of_this_step(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's, after a last look for a NaN that was not logged and a signal that came after the last save."""
         self.check_finite()
         stopped = self._stop.agreed(self.args)
         self._stop.restore()
-        if stopped and not self._checkpoint_of_this_step.exists():
-            self._save_checkpoint(self.model, trial=None)
+        if stopped and self._stop.stopped is not None:
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if not checkpoint.exists():
+                self._save_checkpoint(self.model, trial=None)
+            # Not Trainer's end: it would load the best model, and delete what is to be resumed from.
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self._finish_current_push()
+            self.is_in_train = False
+            raise TrainingInterrupted(self._stop.stopped, str(checkpoint))
         return super()._finalize_training(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -274,8 +303,11 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
         """Trainer's own version wraps the model in DDP, which several losses on one graph cannot use."""
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         if self.args.sync_batchnorm and world_size() > 1:
             self.model.students = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.students)
+        broadcast_state(self.model)
         self.create_optimizer()
         self.create_scheduler(max_steps)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -298,12 +330,12 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         self.measured.clear()  # it was of other weights than those of this update
         batch = self._materialise(self.train_dataset, inputs)
         share = len(inputs["key"]) / num_items_in_batch
-        loss, parts = self.method_step(batch, share, last=self.accelerator.sync_gradients)
+        last = self.accelerator.sync_gradients
+        loss, parts = self.method_step(batch, share, last)
         self._finite &= torch.isfinite(loss)
-        if not self._parts:
-            self._parts_since = self.state.global_step
         for name, value in parts.items():
             self._parts[name] = self._parts[name] + share * value if name in self._parts else share * value
+            self._updates[name] = self._updates.get(name, 0) + last
         return share * loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -318,8 +350,6 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer skips `_clip_grad_norm` when max_grad_norm is 0, but gradients are averaged over the ranks there.
         grad_norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        if self.state.global_step == 0:
-            check_same_parameters(self.model, step=0)
         return grad_norm
 
     @property
@@ -329,11 +359,13 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     # -- logging, and NaN ------------------------------------------------------------------------------------------
 
     def _reset_accumulators(self) -> None:
-        self._parts: dict[str, Tensor] = {}
-        self._parts_since = self.state.global_step
+        self._parts: dict[str, Tensor] = {}  # sums over the updates since the last log
+        self._updates: dict[str, int] = {}  # how many updates brought each part
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step == 1:
+            check_same_parameters(self.model, step=1)
         if self.control.should_log or self.control.should_evaluate:
             self.check_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -352,13 +384,13 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         """Mean of each part of the loss over the updates since the last log, and over the ranks."""
         if not self._parts:
             return {}
-        updates = max(self.state.global_step - self._parts_since, 1)
-        values = torch.stack([value.float() for value in self._parts.values()]) / updates
+        # Parts that began within the window, or that a micro-batch of an unfinished update brought, count their own.
+        values = torch.stack([value.float() / max(self._updates[name], 1) for name, value in self._parts.items()])
         if world_size() > 1:
             dist.all_reduce(values)
             values /= world_size()
         parts = dict(zip(self._parts, values.tolist(), strict=True))
-        self._parts = {}
+        self._parts, self._updates = {}, {}
         return parts
 
     def check_finite(self) -> None:
@@ -387,6 +419,7 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
         """Logits of all students over a split, then the method's metrics; `predictions` are student 0's logits."""
         was_training = self.model.training
         self.model.eval()
+        broadcast_buffers(self.model)  # what is measured is what a save would hold
         self.callback_handler.eval_dataloader = dataloader
         source = dataloader.dataset
         assert isinstance(source, ImageSource)  # get_eval_dataloader makes it one
@@ -395,7 +428,9 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             for inputs in dataloader:
                 batch = self._materialise(source, inputs)
                 if "labels" not in batch:
-                    raise InputError("the evaluation split has no labels: choose a labelled one")
+                    if description != "Prediction":
+                        raise InputError(f"the {source.name} split has no labels to evaluate on: use predict()")
+                    batch["labels"] = torch.full_like(batch["index"], -100)
                 with self.autocast():
                     outputs = self.evaluation_step(batch)
                 # Each image once, though the last batch of several ranks repeats some.
@@ -404,29 +439,37 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         all_outputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
         all_labels = torch.cat([labels for _, labels in parts])
-        metrics = self.evaluation_metrics(all_outputs, all_labels)
+        metrics = {} if source.labels is None else self.evaluation_metrics(all_outputs, all_labels)
         self.model.train(was_training)
         self.measured[source.name] = {f"eval_{name}": value for name, value in metrics.items()}
         self.measured[source.name]["images"] = len(all_labels)
         return EvalLoopOutput(
             predictions=all_outputs["logits"][:, 0].float().numpy(),
-            label_ids=all_labels.numpy(),
+            label_ids=None if source.labels is None else all_labels.numpy(),
             metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
             num_samples=len(all_labels),
         )
 
 
-def processor_of(processing_class: Any, dataset: Any) -> Any:
-    """The image processor of a run: the one given, or what an `ImageSource` does, as a stock processor."""
-    if processing_class is None and isinstance(dataset, ImageSource):
-        return dataset.preprocessing.to_image_processor()
-    return processing_class
+def preprocessing_of(dataset: Any, processing_class: Any, config: Any) -> Preprocessing:
+    """Size, channels and statistics of the images that a run will see, decided once.
 
-
-def image_size(dataset: Any, processing_class: Any, config: Any) -> int:
-    """Side in pixels of the images that a run will see: its data's, its processor's, or what the student expects."""
-    if isinstance(dataset, ImageSource):
-        return dataset.preprocessing.image_size
+    Raises:
+        InputError: an `ImageSource` and a processor that disagree: what is saved would not be what was trained on.
+    """
+    channels = getattr(config, "num_channels", 3)
+    if not isinstance(dataset, ImageSource):
+        if processing_class is not None:
+            return Preprocessing.from_image_processor(processing_class, num_channels=channels)
+        return Preprocessing(int(getattr(config, "image_size", None) or 224), channels)
+    own = dataset.preprocessing
     if processing_class is not None:
-        return Preprocessing.from_image_processor(processing_class).image_size
-    return int(getattr(config, "image_size", None) or 224)
+        given = Preprocessing.from_image_processor(processing_class, num_channels=own.num_channels)
+        for name in ("image_size", "mean", "std"):
+            ours, theirs = (torch.tensor(getattr(p, name), dtype=torch.float64) for p in (own, given))
+            if not torch.allclose(ours, theirs, atol=1e-4):
+                raise InputError(
+                    f"processing_class has {name}={getattr(given, name)} and the training images were made with "
+                    f"{getattr(own, name)}: leave processing_class out, or build the source with it"
+                )
+    return own

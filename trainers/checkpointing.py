@@ -32,7 +32,7 @@ from hfkd.hub.manifest import MANIFEST_NAME, atomic_folder, is_valid, sweep_left
 from hfkd.hub.remote_code import student_folder, write_code
 
 from .config import DistillationConfig
-from .distributed import broadcast_buffers, check_same_parameters
+from .distributed import broadcast_buffers, check_same_parameters, share_failure
 from .networks import TrainingNetworks
 from .state import read_state, restore_rng_state, rng_state, write_state
 
@@ -67,6 +67,31 @@ def newest_valid_checkpoint(output_dir: str | Path) -> Path:
     raise InputError(f"{output_dir} holds no valid checkpoint: leave out --resume_from_checkpoint to start afresh")
 
 
+def later_checkpoints(checkpoint: Path) -> list[Path]:
+    """Those of the same folder with more steps."""
+    found = [Path(path) for path in sort_checkpoints(output_dir=str(checkpoint.parent))]
+    return found[found.index(checkpoint) + 1 :] if checkpoint in found else []
+
+
+def set_aside_later_checkpoints(checkpoint: Path) -> None:
+    """Rename the damaged checkpoints after the one to be resumed: rotation goes by steps and would keep them."""
+    for path in later_checkpoints(checkpoint):
+        path.rename(path.with_name(f"damaged-{path.name}"))
+
+
+def check_nothing_later(checkpoint: Path, output_dir: Path) -> None:
+    """Refuse to go on from an earlier checkpoint beside later ones, which rotation and `true` would prefer.
+
+    Raises:
+        InputError: naming the latest of them.
+    """
+    later = later_checkpoints(checkpoint) if checkpoint.parent.resolve() == output_dir.resolve() else []
+    if later:
+        raise InputError(
+            f"{output_dir} holds {later[-1].name}, later than {checkpoint.name}: move it away or choose another folder"
+        )
+
+
 class Checkpointing(Trainer):
     """The part of the base trainer that saves, resumes and restores."""
 
@@ -89,6 +114,7 @@ class Checkpointing(Trainer):
         generators = gather_object([rng_state()])
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(target)
+        failure = None
         if self.args.should_save:
             self._collect_callback_states()
             try:
@@ -99,7 +125,9 @@ class Checkpointing(Trainer):
                     if self.args.push_to_hub:
                         self.write_card(folder)
             except (OSError, RunError) as error:
-                raise RunError(self._save_failure(target, run_dir, error)) from error
+                failure = self._save_failure(target, run_dir, error)
+        share_failure(failure, RunError)
+        if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -146,7 +174,7 @@ class Checkpointing(Trainer):
 
     def _save_failure(self, target: Path, run_dir: Path, error: OSError | RunError) -> str:
         kept = [path for path in sort_checkpoints(output_dir=str(run_dir)) if is_valid(Path(path))]
-        resume = f"resume with --resume_from_checkpoint {kept[-1]}" if kept else "no earlier checkpoint exists"
+        resume = f"resume with --resume_from_checkpoint {kept[-1]}" if kept else "start again: there is no checkpoint"
         what = str(error) if isinstance(error, RunError) else f"{target}: not saved ({error.strerror or error})"
         return f"{what}; free space or mend the permissions, then {resume}"
 
@@ -155,16 +183,25 @@ class Checkpointing(Trainer):
         target = Path(output_dir or self.args.output_dir)
         check_same_parameters(self.model, self.state.global_step)
         broadcast_buffers(self.model)
+        self.check_weights_finite()
+        failure = None
         if self.args.should_save:
-            self.check_weights_finite()
             try:
                 target.mkdir(parents=True, exist_ok=True)
                 with atomic_folder(target / ".new-students") as folder:
                     self.save_students(folder)
                 move_into(target / ".new-students", target)
+                self._remove_former_peers(target)
             except (OSError, RunError) as error:
-                raise RunError(self._save_failure(target, target, error)) from error
-        self.accelerator.wait_for_everyone()
+                failure = self._save_failure(target, target, error)
+        share_failure(failure, RunError)
+
+    def _remove_former_peers(self, target: Path) -> None:
+        """Students of a larger cohort that was saved here before, which would pass for this one's."""
+        number = len(self.model.students)
+        while (former := student_folder(target, number)).is_dir():
+            shutil.rmtree(former)
+            number += 1
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -268,7 +305,7 @@ def _load_strictly(student: PreTrainedModel, folder: Path) -> None:
     try:
         with without_progress_bars():
             loaded, info = type(student).from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder} cannot be loaded as {type(student).__name__}: {_one_line(error)}") from error

@@ -1,9 +1,11 @@
 """What every method's Config shares: the base dataclass, its checks, and the `TrainingArguments` that are refused."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -100,7 +102,7 @@ class DistillationConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: it drops the image column."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: it hides NaN."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin host memory for copies to the GPU."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_strategy: str = field(default="no", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints kept beside the best one; a cohort has many networks."}
@@ -111,6 +113,9 @@ class DistillationConfig(TrainingArguments):
         default=None, repr=False, metadata={"help": "Token for the Hub; by default that of `hf auth login`."}
     )
     report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers, as in transformers."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Callbacks go on from the checkpoint's state: resuming is exact."}
+    )
 
     momentum: float = field(default=0.9, metadata={"help": "Momentum of optim=sgd, in [0, 1)."})
     nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum of optim=sgd (inferred: off)."})
@@ -134,11 +139,17 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._refuse_ignored_fields()
-        # TrainingArguments refuses bf16 on a machine without an accelerator unless this is said.
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
+        _refuse_sharding_launchers()
+        self.use_cpu: bool = self.use_cpu or not _has_usable_accelerator()
         self.lr_scheduler_type = _choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.optim = _choice("optim", self.optim, OPTIMIZERS)
         super().__post_init__()
+        # `accelerate launch` sets it by an environment variable, past the fields.
+        if self.mixed_precision not in ("no", "bf16"):
+            raise InputError(
+                f"ACCELERATE_MIXED_PRECISION={self.mixed_precision} is not supported: {_REFUSED['fp16']}, or no"
+            )
+        self.bf16: bool = self.mixed_precision == "bf16"
         self._check_choices()
         self._check_optimizer_fields()
         check_range("momentum", self.momentum, 0, 1, high_open=True)
@@ -172,18 +183,33 @@ class DistillationConfig(TrainingArguments):
             if get_origin(hint) is Literal:
                 check_choice(name, getattr(self, name), get_args(hint))
 
+    def refuse_changed(self, prefixes: Sequence[str], setting: str) -> None:
+        """Raise InputError where a field that begins so was changed, though `setting` leaves it without effect."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.startswith(tuple(prefixes)) and value != _default(item):
+                raise InputError(f"{item.name}={value} has no effect with {setting}: leave it out")
+
     def _check_optimizer_fields(self) -> None:
         ignored = ("momentum", "nesterov") if self.optim != "sgd" else ("adam_beta1", "adam_beta2", "adam_epsilon")
-        defaults = {f.name: _default(f) for f in fields(type(self))}
-        for name in ignored:
-            if getattr(self, name) != defaults[name]:
-                optim = getattr(self.optim, "value", self.optim)
-                raise InputError(f"{name}={getattr(self, name)} has no effect with optim={optim}: leave it out")
+        self.refuse_changed(ignored, f"optim={getattr(self.optim, 'value', self.optim)}")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise InputError(
                 f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler_type=constant: "
                 "use constant_with_warmup"
             )
+
+
+def _has_usable_accelerator() -> bool:
+    """Without one, TrainingArguments takes bf16 only with use_cpu; and MPS lacks the float64 that draws need."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type != "mps"
+
+
+def _refuse_sharding_launchers() -> None:
+    for launcher in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{launcher}"):
+            raise InputError(f"ACCELERATE_USE_{launcher}=true is not supported: {_SEVERAL_OPTIMIZERS}")
 
 
 def check_range(name: str, value: float, low: float, high: float | None = None, *, high_open: bool = False) -> None:

@@ -54,6 +54,26 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def broadcast_state(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0, as DistributedDataParallel does at its start."""
+    if world_size() > 1:
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, src=0)
+
+
+def share_failure(message: str | None, kind: type[Exception]) -> None:
+    """Raise `kind(message)` on every rank when the first one has a message; called by all of them.
+
+    A rank that raised by itself would leave the others waiting for it in their next collective call.
+    """
+    shared = [message]
+    if world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise kind(shared[0])
+
+
 def all_ranks(flag: Tensor) -> bool:
     """True where the 0-dim boolean `flag` is True on every rank."""
     value = flag.to(torch.int32).clone()

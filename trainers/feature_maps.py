@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hfkd.errors import InputError
 from hfkd.evaluation.similarity import discriminator_accuracy
 from hfkd.losses.online_adversarial import alignment_loss, discriminator_loss, generator_loss, undecided_score
 from hfkd.models.feature_discriminator import FeatureDiscriminator, Shape, TransferLayer, common_map_shape
+from hfkd.models.probing import undisturbed
 
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ class FeatureMapTeaching(nn.Module):
         shapes: (C_k, H_k, W_k) of every network's map, those of frozen teachers last.
         sources: for each learner k, the index of the network that it learns from.
         args: the run's settings.
+
+    Raises:
+        InputError: a discriminator that cannot take maps of this size.
     """
 
     def __init__(self, shapes: Sequence[Shape], sources: Sequence[int], args: "OnlineAdversarialConfig") -> None:
@@ -53,6 +58,8 @@ class FeatureMapTeaching(nn.Module):
             )
             for _ in range(count if args.feature_loss == "adversarial" else 0)
         )
+        for discriminator in self.discriminators[:1]:
+            _check_discriminator(discriminator, (channels, height, width), args)
 
     def forward(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         """f_k = T_k(F_k) of all networks, of one shape (N, C*, H, W)."""
@@ -104,6 +111,17 @@ class FeatureMapTeaching(nn.Module):
             return scores[: len(real)], scores[len(real) :]
         own = discriminator(fake)
         return (own if fake_only else discriminator(real)), own
+
+
+def _check_discriminator(discriminator: nn.Module, shape: Shape, args: "OnlineAdversarialConfig") -> None:
+    try:
+        with undisturbed(discriminator):
+            discriminator(torch.zeros(2, *shape))
+    except ValueError as error:  # instance norm of a single position
+        raise InputError(
+            f"discriminator_norm={args.discriminator_norm} cannot take maps of {shape[1]}x{shape[2]}, of which "
+            f"discriminator_layers={args.discriminator_layers} leave one position: choose batch, none or fewer layers"
+        ) from error
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -32,11 +32,12 @@ class StopOnSignal(TrainerCallback):
     """Turns the first SIGINT or SIGTERM into a save and a stop after the running step; a second one kills."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # by this process
+        self.stopped: int | None = None  # by any rank, as all of them agreed
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.received = None
+        self.received = self.stopped = None
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signum] = signal.signal(signum, self._on_signal)
@@ -46,10 +47,15 @@ class StopOnSignal(TrainerCallback):
         self.restore()
 
     def agreed(self, args: TrainingArguments) -> bool:
-        """Whether a signal came; asked on all ranks together, as one rank's signal stops all at the same step."""
-        if world_size() > 1 and not all_ranks(torch.tensor(self.received is None, device=args.device)):
-            self.received = self.received or signal.SIGTERM
-        return self.received is not None
+        """Whether a signal came to any rank; asked on all ranks together, so that all stop at the same step.
+
+        A signal that comes while the ranks agree counts the next time: what this process alone knows must not decide.
+        """
+        came = self.received
+        if world_size() > 1 and not all_ranks(torch.tensor(came is None, device=args.device)):
+            came = came or signal.SIGTERM
+        self.stopped = self.stopped or came
+        return self.stopped is not None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.agreed(args):
@@ -57,9 +63,12 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.agreed(args):  # do not keep whoever pressed Ctrl-C waiting
-            control.should_evaluate = control.should_save = False
+        if self.agreed(args):
             control.should_training_stop = True
+            # The evaluation of an epoch that is complete belongs to the run: a resumed one does not make up for it.
+            complete = state.epoch is not None and state.epoch == round(state.epoch)
+            control.should_evaluate = control.should_evaluate and complete
+            control.should_save = complete
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.restore()

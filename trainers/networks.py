@@ -1,5 +1,6 @@
 """The networks of a run in one module: students, training-only modules, and frozen teachers."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hfkd.data import Preprocessing
 
 
 class FrozenTeacher(nn.Module):
@@ -57,18 +60,17 @@ class Renormalize(nn.Module):
         self.register_buffer("shift", ((old_mean - mean_) / std_).float())
 
     @classmethod
-    def between(cls, processor: Any, other: Any) -> "Renormalize | None":
-        """From one image processor's statistics to another's; None where either is None or they agree."""
-        if processor is None or other is None:
+    def for_teacher(cls, students: Preprocessing, processor: Any) -> "Renormalize | None":
+        """From the students' statistics to those of a teacher's processor; None where they agree or it is None."""
+        if processor is None:
             return None
-        statistics = (processor.image_mean, processor.image_std, other.image_mean, other.image_std)
-        return None if list(statistics[:2]) == list(statistics[2:]) else cls(*statistics)
+        teachers = Preprocessing.from_image_processor(processor, students.image_size, students.num_channels)
+        if (students.mean, students.std) == (teachers.mean, teachers.std):
+            return None
+        return cls(students.mean, students.std, teachers.mean, teachers.std)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        scale, shift = self.scale.to(pixel_values.dtype), self.shift.to(pixel_values.dtype)
-        if pixel_values.shape[1] == 1:  # grey images: processors hold the one value three times
-            scale, shift = scale[:, :1], shift[:, :1]
-        return pixel_values * scale + shift
+        return pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
 
 
 class TrainingNetworks(nn.Module):
@@ -101,7 +103,8 @@ class TrainingNetworks(nn.Module):
 
     @property
     def config(self) -> Any:
-        return self.students[0].config
+        """A copy of student 0's: Trainer writes text-generation settings into its model's."""
+        return copy.deepcopy(self.students[0].config)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Student 0's forward: what the run's model predicts."""

@@ -28,13 +28,37 @@ from hfkd.losses.online_adversarial import (
     previous,
 )
 from hfkd.models import ClassifierAdapter, ClassifierFeatures
+from hfkd.models.feature_discriminator import Shape
 
-from .base import DistillationTrainer, image_size, processor_of
+from .base import DistillationTrainer, preprocessing_of
+from .cohort_checks import check_batches, check_images, check_labels, check_networks
 from .config import DistillationConfig, check_milestones, check_range
 from .feature_maps import FeatureMapTeaching, full_precision
 from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
 from .optimizers import build_main_optimizer, milestone_schedule
 from .state import restore_rng_state, rng_state
+
+
+# A setting, the values of it that leave other fields without effect, and those fields or their prefixes.
+_WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
+    ("kl_weight", (0,), ("temperature", "kl_rampup_epochs", "logit_source")),
+    (
+        "feature_loss",
+        ("none",),
+        ("feature_loss_weight", "feature_optimizer", "feature_learning_rate", "feature_weight_decay")
+        + ("feature_lr_milestones", "feature_start_epoch", "feature_normalize")
+        + ("gan_loss", "discriminator_", "transfer_", "update_"),
+    ),
+    ("feature_loss", ("l1", "l2"), ("gan_loss", "discriminator_", "update_order")),
+    ("feature_loss", ("adversarial",), ("feature_normalize",)),
+    ("feature_loss_weight", (0,), ("feature_normalize", "gan_loss", "discriminator_", "transfer_", "update_")),
+    (
+        "feature_optimizer",
+        ("main",),
+        ("feature_learning_rate", "feature_weight_decay", "feature_lr_milestones", "update_mode"),
+    ),
+    ("discriminator_layers", (1,), ("discriminator_channels", "discriminator_norm")),
+)
 
 
 @dataclass
@@ -140,6 +164,9 @@ class OnlineAdversarialConfig(DistillationConfig):
                 "feature_optimizer=main joins an alignment loss to the logit loss, but "
                 f"feature_loss={self.feature_loss}: choose l1 or l2, or feature_optimizer=adam"
             )
+        for setting, values, ignored in _WITHOUT_EFFECT:
+            if getattr(self, setting) in values:
+                self.refuse_changed(ignored, f"{setting}={getattr(self, setting)}")
 
 
 @dataclass
@@ -205,21 +232,24 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         dataset_name: str | None = None,
     ) -> None:
         args = args or OnlineAdversarialConfig()
-        if len(students) < (1 if teacher else 2):
-            raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
-        processing_class = processor_of(processing_class, train_dataset)
-        renormalize = Renormalize.between(processing_class, teacher_processing_class)
-        teachers = [FrozenTeacher(teacher, renormalize)] if teacher is not None else []
+        dtype = check_networks(students, teacher)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_labels(name, dataset, students[0].config.num_labels)
+        preprocessing = preprocessing_of(train_dataset, processing_class, students[0].config)
+        check_images(students, teacher, preprocessing)
+        renormalize = Renormalize.for_teacher(preprocessing, teacher_processing_class)
+        teachers = [FrozenTeacher(teacher.to(dtype), renormalize)] if teacher is not None else []
         self.adapters = [
             ClassifierAdapter(model, tap=args.feature_tap) for model in (*students, *(t.model for t in teachers))
         ]
-        _check_classes(self.adapters)
+        shapes = [adapter.feature_shape(preprocessing.image_size) for adapter in self.adapters]
         count = len(students)
         # Whom each student learns from: the one before it in the cycle, or the teacher, who comes last.
         self.sources = [count if teachers else previous(k, count) for k in range(count)]
-        self.maps = self._teach_maps(args, image_size(train_dataset, processing_class, students[0].config))
+        self.maps = self._teach_maps(args, shapes, dtype)
         training_only = dict(self.maps.named_children()) if self.maps is not None else {}
         networks = TrainingNetworks(students, training_only, teachers)
+        check_batches(train_dataset, args, students, networks.training_only)
         super().__init__(
             networks,
             args,
@@ -232,14 +262,15 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         )
         self._pending: list[_MicroBatch] = []
 
-    def _teach_maps(self, args: OnlineAdversarialConfig, side: int) -> FeatureMapTeaching | None:
+    def _teach_maps(
+        self, args: OnlineAdversarialConfig, shapes: Sequence[Shape], dtype: torch.dtype
+    ) -> FeatureMapTeaching | None:
         """T_k and D_k, drawn from a generator of their own: with or without them the students start alike."""
         if args.feature_loss == "none" or args.feature_loss_weight == 0:
             return None
-        shapes = [adapter.feature_shape(side) for adapter in self.adapters]
         with torch.random.fork_rng():
             torch.manual_seed(args.seed + 1)
-            return FeatureMapTeaching(shapes, self.sources, args)
+            return FeatureMapTeaching(shapes, self.sources, args).to(dtype)
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -305,12 +336,11 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         A single micro-batch needs one forward pass. Several (gradient accumulation) need the maps again for the
         adversarial loss, because the discriminators step in between; running statistics are updated once.
         """
-        again = share < 1 or self.args.update_mode == "recompute"
-        this = _MicroBatch(batch, share, rng_state() if again else None)
-        features = self._features(batch["pixel_values"])
         started = (self.state.epoch or 0.0) >= self.args.feature_start_epoch
         maps_active = started and self._map_losses
-
+        again = maps_active and (share < 1 or self.args.update_mode == "recompute")
+        this = _MicroBatch(batch, share, rng_state() if again else None)
+        features = self._features(batch["pixel_values"])
         losses, parts = self._logit_losses(features, batch["labels"])
         if self.maps is not None and started and self._joined:
             aligned = self.maps.extractor_losses(self._maps(features))
@@ -450,9 +480,3 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             elif name.startswith("discriminator_") and not values.isnan().all():
                 metrics[f"{name}_accuracy"] = values.nanmean().item()
         return metrics
-
-
-def _check_classes(adapters: Sequence[ClassifierAdapter]) -> None:
-    counts = [adapter.model.config.num_labels for adapter in adapters]
-    if len(set(counts)) > 1:
-        raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")

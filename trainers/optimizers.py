@@ -92,10 +92,14 @@ class NamedOptimizers:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Strict: a name too few or too many is an error."""
+        """Strict in names; moments and counts are the checkpoint's, settings (weight decay, ...) are this run's."""
         _check_names("optimizer", self.optimizers, state)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+            own = optimizer.state_dict()["param_groups"]
+            sizes = [[len(group["params"]) for group in groups] for groups in (own, state[name]["param_groups"])]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"optimizer {name}: {sizes[1]} parameters in the checkpoint, {sizes[0]} in this run")
+            optimizer.load_state_dict({"state": state[name]["state"], "param_groups": own})
 
 
 class NamedSchedules:
@@ -121,7 +125,12 @@ class NamedSchedules:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         _check_names("schedule", self.schedules, state)
         for name, schedule in self.schedules.items():
-            schedule.load_state_dict(state[name])
+            # Where the run is comes from the checkpoint, which rate that means from this run's settings.
+            schedule.load_state_dict(state[name] | {"base_lrs": schedule.base_lrs})
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
 
 def build_main_optimizer(parameters: Sequence[nn.Parameter], args: DistillationConfig) -> torch.optim.Optimizer:

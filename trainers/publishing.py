@@ -24,6 +24,7 @@ from hfkd.model_cards import (
 )
 
 from .config import DistillationConfig
+from .distributed import share_failure
 from .networks import TrainingNetworks
 
 
@@ -54,12 +55,17 @@ class Publishing(Trainer):
         Raises:
             InputError: one line for a missing or refused token, a foreign namespace, an unreachable Hub.
         """
+        failure = None
         if self.is_world_process_zero():
-            self.hub_model_id = check_target(
-                self.args.hub_model_id,
-                token=token or self.args.hub_token,
-                private=self.args.hub_private_repo if private is None else private,
-            )
+            try:
+                self.hub_model_id = check_target(
+                    self.args.hub_model_id,
+                    token=token or self.args.hub_token,
+                    private=self.args.hub_private_repo if private is None else private,
+                )
+            except InputError as error:
+                failure = str(error)
+        share_failure(failure, InputError)
 
     def write_card(self, folder: str | Path) -> None:
         """Write README.md and its pictures, with what has been measured so far, into a folder of saved students."""

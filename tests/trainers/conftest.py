@@ -21,7 +21,16 @@ def quick_collections():
 def make_trainer(tmp_path):
     """make_trainer(students=..., sources=..., callbacks=..., **config) -> OnlineAdversarialTrainer on the CPU."""
 
-    def make(students=None, output_dir=None, augmentation=None, callbacks=None, teacher=None, sources=None, **config):
+    def make(
+        students=None,
+        output_dir=None,
+        augmentation=None,
+        callbacks=None,
+        teacher=None,
+        sources=None,
+        teacher_processing_class=None,
+        **config,
+    ):
         settings = {
             "max_steps": 12,
             "per_device_train_batch_size": 50,
@@ -40,6 +49,7 @@ def make_trainer(tmp_path):
             train_dataset=train,
             eval_dataset=sources.test,
             teacher=teacher,
+            teacher_processing_class=teacher_processing_class,
             callbacks=callbacks,
         )
 

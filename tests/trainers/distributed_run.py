@@ -12,7 +12,7 @@ from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdve
 def rank_run(rank, world, port, output_dir, results, settings):
     """Trains; rank r writes its final parameters and its last log to `results`/r.pt."""
     settings = dict(settings)
-    options = {name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil")}
+    options = {name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil", "unseeded")}
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -22,7 +22,8 @@ def rank_run(rank, world, port, output_dir, results, settings):
             del os.environ[name]
     torch.set_num_threads(1)
     dtype = getattr(torch, options["dtype"] or "float32")
-    students = [tiny_resnet(s, norm=options["norm"] or "batch", dtype=dtype) for s in range(2)]
+    first = 10 * rank if options["unseeded"] else 0
+    students = [tiny_resnet(first + s, norm=options["norm"] or "batch", dtype=dtype) for s in range(2)]
     config = {
         "max_steps": 6,
         "learning_rate": 0.05,
@@ -34,6 +35,8 @@ def rank_run(rank, world, port, output_dir, results, settings):
         "dataloader_drop_last": True,
         "feature_learning_rate": 1e-3,
     }
+    if options["spoil"]:
+        config["learning_rate"] += 0.01 * rank  # as a mistake in one node's configuration would
     sources = digit_sources()
     trainer = OnlineAdversarialTrainer(
         students,
@@ -42,9 +45,6 @@ def rank_run(rank, world, port, output_dir, results, settings):
         eval_dataset=sources.test,
     )
     trainer.model.training_only.to(dtype)
-    if options["spoil"] and rank == 1:
-        with torch.no_grad():
-            next(trainer.model.students.parameters()).add_(1e-3)
     try:
         trainer.train(resume_from_checkpoint=options["resume"])
     except RuntimeError as error:
@@ -52,5 +52,7 @@ def rank_run(rank, world, port, output_dir, results, settings):
         return
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = trainer.evaluate()
-    saved = {"weights": dict(trainer.model.state_dict()), "logs": logs, "metrics": metrics}
+    trainer.save_model()
+    again = trainer.evaluate()["eval_loss"]
+    saved = {"weights": dict(trainer.model.state_dict()), "logs": logs, "metrics": metrics, "again": again}
     torch.save(saved, Path(results) / f"{rank}.pt")

@@ -47,7 +47,9 @@ def assert_same(a, b, atol=0.0):
 )
 def test_two_processes_equal_one(tmp_path, settings):
     # float64, and no statistics of a batch: what remains is what the ranks must agree on.
-    common = {"norm": "group", "dtype": "float64", "discriminator_norm": "none", **settings}
+    common = {"norm": "group", "dtype": "float64", **settings}
+    if "feature_loss" not in settings:
+        common["discriminator_norm"] = "none"
     per_rank = 25 // settings.get("gradient_accumulation_steps", 1) // 5 * 5
     (one,) = launch(1, tmp_path / "a", tmp_path / "one", per_device_train_batch_size=2 * per_rank, **common)
     two = launch(2, tmp_path / "b", tmp_path / "two", per_device_train_batch_size=per_rank, **common)
@@ -76,6 +78,14 @@ def test_drifting_ranks_are_stopped(tmp_path):
     outcomes = launch(2, tmp_path / "run", tmp_path / "results", per_device_train_batch_size=25, spoil=True)
     for outcome in outcomes:
         assert "the ranks' parameters differ" in outcome["error"]
+
+
+def test_ranks_start_alike_and_measure_what_a_save_would_hold(tmp_path):
+    """Fresh students need no common seed, and batch norm's statistics are rank 0's in every evaluation."""
+    outcomes = launch(2, tmp_path / "run", tmp_path / "results", per_device_train_batch_size=25, unseeded=True)
+    assert_same(outcomes[0]["weights"], outcomes[1]["weights"])
+    assert outcomes[0]["metrics"]["eval_loss"] == outcomes[1]["metrics"]["eval_loss"]
+    assert outcomes[0]["again"] == pytest.approx(outcomes[0]["metrics"]["eval_loss"], abs=1e-6)
 
 
 def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(tmp_path):

@@ -183,7 +183,7 @@ def test_a_run_goes_on_after_a_full_disk_as_if_it_had_not_been_full(make_trainer
 
 def test_the_first_save_that_breaks_says_that_there_is_nothing_to_resume(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(**SAVES, callbacks=[BreakSaves(monkeypatch, "training state", step=2)])
-    with pytest.raises(RunError, match="no earlier checkpoint exists"):
+    with pytest.raises(RunError, match="start again: there is no checkpoint"):
         trainer.train()
     assert_kept(tmp_path / "run", [])
 

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import NO_AUGMENTATION, tiny_resnet
 from torch.nn import functional as F
 
-from hfkd.data import ResidentImages
+from hfkd.data import Preprocessing, ResidentImages
 from hfkd.errors import InputError
 from hfkd.losses.online_adversarial import discriminator_loss, distillation_kl, generator_loss
 from hfkd.models import HfkdWideResNetConfig, HfkdWideResNetForImageClassification
@@ -368,8 +368,8 @@ def test_accumulated_micro_batches_equal_one_batch(make_trainer, tmp_path, featu
             gradient_accumulation_steps=steps,
             max_steps=9,
             feature_loss=feature_loss,
-            feature_learning_rate=1e-3,
-            discriminator_norm="none",
+            **({} if feature_loss == "none" else {"feature_learning_rate": 1e-3}),
+            **({"discriminator_norm": "none"} if feature_loss == "adversarial" else {}),
         )
         trainer.model.training_only.double()
         trainer.train()
@@ -429,12 +429,11 @@ def test_all_choices_are_accepted():
 
 
 def test_teacher_sees_pixels_in_its_own_statistics(make_trainer):
-    class Processor:
-        def __init__(self, mean, std):
-            self.image_mean, self.image_std = [mean] * 3, [std] * 3
-
-    ours, theirs = Processor(0.3053, 0.376), Processor(0.5, 0.25)
+    """Also where the students' statistics are known from the data alone, without a processor."""
+    processor = Preprocessing(8, 1, (0.5,), (0.25,)).to_image_processor()
+    trainer = make_trainer([tiny_resnet(0)], teacher=tiny_resnet(1), teacher_processing_class=processor)
+    ours = trainer.train_dataset.preprocessing
     raw = torch.rand(2, 1, 8, 8)
-    renormalize = Renormalize.between(ours, theirs)
-    torch.testing.assert_close(renormalize((raw - 0.3053) / 0.376), (raw - 0.5) / 0.25)
-    assert Renormalize.between(ours, ours) is None
+    seen = trainer.model.frozen()[0].renormalize((raw - ours.mean[0]) / ours.std[0])
+    torch.testing.assert_close(seen, (raw - 0.5) / 0.25)
+    assert Renormalize.for_teacher(ours, ours.to_image_processor()) is None

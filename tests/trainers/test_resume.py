@@ -10,10 +10,12 @@ import torch
 from processes import contents, differences, in_a_process
 from resume_run import STEPS, run
 from safetensors.torch import load_file, save_file
+from tiny_runs import digit_sources, tiny_resnet
 
 from hfkd.errors import InputError
 from hfkd.hub.manifest import write_manifest
 from hfkd.trainers.checkpointing import newest_valid_checkpoint
+from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,34 @@ def test_another_runs_folder_is_refused(straight):
     with pytest.raises(InputError, match="resume_from_checkpoint true"):
         run(straight)
     assert contents(straight / f"checkpoint-{STEPS}") == before
+
+
+def test_a_changed_setting_takes_effect_on_resume(straight, tmp_path):
+    """To lower the learning rate and resume means something: moments are the checkpoint's, settings the run's."""
+    sources = digit_sources()
+    settings = {"max_steps": 8, "per_device_train_batch_size": 50, "eval_strategy": "no", "save_strategy": "no"}
+    config = OnlineAdversarialConfig(
+        str(tmp_path / "run"), learning_rate=0.003, weight_decay=0.2, momentum=0.5, lr_milestones=[], **settings
+    )
+    trainer = OnlineAdversarialTrainer([tiny_resnet(0), tiny_resnet(1, width=6)], config, sources.train)
+    trainer.train(resume_from_checkpoint=str(straight / "checkpoint-6"))
+    (group,) = trainer.optimizer.optimizers["student"].param_groups
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.003, 0.2, 0.5)
+
+
+def test_going_back_beside_later_checkpoints_is_refused(straight, tmp_path):
+    folder = tmp_path / "run"
+    for step in (3, 5):
+        shutil.copytree(straight / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    with pytest.raises(InputError, match="checkpoint-5, later than checkpoint-3"):
+        run(folder, resume=str(folder / "checkpoint-3"))
+
+
+def test_damaged_later_checkpoints_are_set_aside(straight, tmp_path):
+    """Rotation goes by steps: left in place, a damaged checkpoint-11 would outlive every good one before it."""
+    folder = tmp_path / "run"
+    for step in (9, 11):
+        shutil.copytree(straight / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (folder / "checkpoint-11/student_1/model.safetensors").unlink()
+    in_a_process(folder, resume=True, save_total_limit=1)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-12", "damaged-checkpoint-11"]

@@ -1,0 +1,146 @@
+"""Whether networks, images and batches fit each other: found out before a run starts, not in its first step."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfkd.data import ImageColumns, ImageSource, Preprocessing, find_columns
+from hfkd.errors import InputError
+from hfkd.models.probing import image_errors, probe_pixels, undisturbed
+
+from .config import DistillationConfig
+
+
+def check_networks(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> torch.dtype:
+    """The students' common precision.
+
+    Raises:
+        InputError: no list of models, too few of them, shared weights, unequal classes, or mixed or half precision.
+    """
+    if isinstance(students, nn.Module):
+        raise InputError(f"students={type(students).__name__} is a single model: pass a list of students")
+    if len(students) < (1 if teacher is not None else 2):
+        raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
+    networks = _by_name(students, teacher)
+    for name, network in networks.items():
+        if not isinstance(network, PreTrainedModel):
+            raise InputError(
+                f"{name} is a {type(network).__name__}: pass a model, as build_student makes one of a name"
+            )
+    _check_own_weights(networks)
+    counts = [network.config.num_labels for network in networks.values()]
+    if len(set(counts)) > 1:
+        raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")
+    return _common_precision(students)
+
+
+def _by_name(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> dict[str, PreTrainedModel]:
+    named = {f"student {k}": student for k, student in enumerate(students)}
+    return named if teacher is None else named | {"the teacher": teacher}
+
+
+def _check_own_weights(networks: Mapping[str, PreTrainedModel]) -> None:
+    weights = {name: {id(parameter) for parameter in network.parameters()} for name, network in networks.items()}
+    for a, b in combinations(weights, 2):
+        if weights[a] & weights[b]:
+            raise InputError(f"{a} and {b} share weights: build each network by itself, or copy it with copy.deepcopy")
+
+
+def _common_precision(students: Sequence[PreTrainedModel]) -> torch.dtype:
+    found = {parameter.dtype for student in students for parameter in student.parameters()}
+    if len(found) > 1 or not found <= {torch.float32, torch.float64}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise InputError(
+            f"the students' weights are {names}: make all float32 (or all float64) by model.float(), "
+            "and have half precision computed with bf16=True"
+        )
+    return found.pop()
+
+
+def check_images(
+    students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None, preprocessing: Preprocessing
+) -> None:
+    """Raise InputError unless each network takes images of the size and the channels of the data."""
+    for name, network in _by_name(students, teacher).items():
+        wanted = getattr(network.config, "num_channels", preprocessing.num_channels)
+        if wanted not in (1, preprocessing.num_channels):
+            raise InputError(
+                f"{name} has num_channels={wanted} and the images have {preprocessing.num_channels}: build the "
+                "network with num_channels of the data, or decode the images with those of the network"
+            )
+        pixels = probe_pixels(network, preprocessing.image_size, preprocessing.num_channels)
+        with undisturbed(network), image_errors(network, pixels):
+            network(pixel_values=pixels)
+
+
+def check_labels(name: str, dataset: Any, num_labels: int) -> None:
+    """Raise InputError unless each image of `dataset` has one label, of as many classes as the networks have.
+
+    Args:
+        name: the argument that `dataset` was given as.
+        dataset: an `ImageSource`, a `datasets.Dataset`, a dict of them, or None.
+        num_labels: the networks' classes.
+    """
+    if isinstance(dataset, dict):
+        for part, one in dataset.items():
+            check_labels(f"{name}[{part!r}]", one, num_labels)
+    elif dataset is not None:
+        columns = _columns(name, dataset)
+        if columns.num_labels is None:
+            raise InputError(f"{name} has no labels: name its label column, or choose labelled data")
+        if columns.multi_label:
+            raise InputError(
+                f"{name} has several labels for each image (column {columns.label_column!r}), and this method is for "
+                "one: choose a column of ClassLabel"
+            )
+        if columns.num_labels != num_labels:
+            raise InputError(
+                f"{name} has {columns.num_labels} classes and the networks have {num_labels}: "
+                "build the networks with the data's class_names"
+            )
+
+
+def _columns(name: str, dataset: Any) -> ImageColumns:
+    if isinstance(dataset, ImageSource):
+        return dataset.columns
+    if not isinstance(dataset, datasets.Dataset):
+        raise InputError(f"{name} is a {type(dataset).__name__}: pass an ImageSource or a datasets.Dataset")
+    return find_columns(dataset.features)
+
+
+def check_batches(dataset: Any, args: DistillationConfig, students: Sequence[nn.Module], others: nn.Module) -> None:
+    """Raise InputError where an epoch has no batch, or one of a single image that batch norm cannot take.
+
+    Args:
+        dataset: the training images, or None.
+        args: the run's settings.
+        students: whose batch norm `sync_batchnorm` widens to all ranks.
+        others: what is trained beside them.
+    """
+    if dataset is None:
+        return
+    count, batch, ranks = len(dataset), args.train_batch_size, args.world_size
+    least = batch * ranks if args.dataloader_drop_last else 1
+    if count < least:
+        raise InputError(
+            f"train_dataset has {count} images, and an epoch with dataloader_drop_last={args.dataloader_drop_last} "
+            f"needs {least} or more: give more images, or choose a smaller per_device_train_batch_size"
+        )
+    # Several ranks fill their last batches up with the first images.
+    last = batch if args.dataloader_drop_last or ranks > 1 else count % batch or batch
+    synchronised = args.sync_batchnorm and ranks > 1
+    if 1 in (batch, last) and _has_batch_norm([others] if synchronised else [*students, others]):
+        mend = "choose 2 or more" if batch == 1 else "choose another, or dataloader_drop_last=True"
+        raise InputError(
+            f"per_device_train_batch_size={batch} gives a batch of one image of the {count}, "
+            f"in which batch norm has nothing to compare: {mend}"
+        )
+
+
+def _has_batch_norm(modules: Iterable[nn.Module]) -> bool:
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for module in modules for layer in module.modules())
