@@ -181,6 +181,8 @@ def milestone_schedule(
         return lambda step: base(step) * gamma ** bisect_right(steps, step)
 
     schedule.lr_lambdas = [with_milestones(base) for base in schedule.lr_lambdas]
+    # An optimizer that waits for its first gradients while its schedule runs on is no mistake to be warned of.
+    optimizer._opt_called = True  # type: ignore[attr-defined]
     return schedule
 
 
