@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,16 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
 
-from hfkd.data import (
-    Augmentation,
-    ImageSource,
-    KeyedSampler,
-    Preprocessing,
-    collate,
-    find_columns,
-    make_source,
-    set_sampler_epoch,
-)
+from hfkd.data import Augmentation, ImageSource, collate, set_sampler_epoch
 from hfkd.errors import InputError, RunError
 
 from .checkpointing import (
@@ -35,6 +25,7 @@ from .checkpointing import (
 )
 from .config import DistillationConfig
 from .distributed import all_ranks, broadcast_buffers, broadcast_state, check_same_parameters, world_size
+from .images import ImageLoading, preprocessing_of
 from .interrupt import StopOnSignal, TrainingInterrupted
 from .memory import keep_freed_memory
 from .networks import TrainingNetworks
@@ -42,7 +33,7 @@ from .optimizers import NamedOptimizers, NamedSchedules
 from .publishing import Publishing
 
 
-class DistillationTrainer(Publishing, Checkpointing, Trainer):
+class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
     """What every method needs, once.
 
     A method subclasses this with its facts (`_name`, `_paper`, `_tag_names`, `_template_file`) and four functions:
@@ -73,7 +64,6 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     _template_file: ClassVar[str]
     # The losses are weighted by each micro-batch's share of the update's images.
     loss_is_scaled_for_ga = True
-    views: ClassVar[int] = 1
 
     args: DistillationConfig
     control: TrainerControl
@@ -162,82 +152,6 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
     def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
         """Metrics, without prefix, of a whole split: what `evaluation_step` gave and labels (N, ...), on the CPU."""
         raise NotImplementedError
-
-    # -- data ------------------------------------------------------------------------------------------------------
-
-    def _image_source(self, dataset: Any, name: str, augmentation: Augmentation | None = None) -> ImageSource:
-        """An image source that draws by this run's seed; a `datasets.Dataset` is decoded as the processor says."""
-        if isinstance(dataset, ImageSource):
-            return dataset.variant(seed=self.data_seed, views=self.views, augmentation=augmentation)
-        if not isinstance(dataset, datasets.Dataset):
-            hint = "pass one of its splits" if isinstance(dataset, datasets.DatasetDict) else "pass a datasets.Dataset"
-            raise InputError(f"the {name} dataset is a {type(dataset).__name__}: {hint}, or an ImageSource")
-        if self.processing_class is None:
-            raise InputError("processing_class=None: a datasets.Dataset needs an image processor to be decoded")
-        dataset = dataset.with_format(None)  # a transform of the user's would come before the decoding
-        return make_source(
-            dataset,
-            find_columns(dataset.features, require_labels=False),
-            self.preprocessing,
-            augmentation=augmentation,
-            seed=self.data_seed,
-            views=self.views,
-            name=name,
-        )
-
-    def _eval_source(self, dataset: Any, name: str = "eval") -> ImageSource:
-        """Evaluation sees images as they are, also those of a source that is augmented for training."""
-        return self._image_source(dataset, name, Augmentation())
-
-    def _eval_sources(self, dataset: Any) -> Any:
-        if not isinstance(dataset, dict) or isinstance(dataset, datasets.DatasetDict):
-            return None if dataset is None else self._eval_source(dataset)
-        sources = {name: self._eval_source(part, name) for name, part in dataset.items()}
-        for name, source in sources.items():
-            source.name = name  # what the card calls it; two parts may come from sources of one name
-        return sources
-
-    def get_train_dataloader(self) -> DataLoader:
-        if self.train_dataset is None:
-            raise InputError("train_dataset=None: training needs a dataset")
-        return self._loader(self.train_dataset, self._train_batch_size, train=True)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise InputError("eval_dataset=None: evaluation needs a dataset")
-        return self._loader(self._eval_source(dataset), self.args.eval_batch_size, train=False)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return self.get_eval_dataloader(test_dataset)
-
-    def _loader(self, source: ImageSource, batch_size: int, *, train: bool) -> DataLoader:
-        workers = self.args.dataloader_num_workers
-        loader = DataLoader(
-            source,
-            batch_size=batch_size,
-            sampler=KeyedSampler(len(source), seed=self.data_seed, shuffle=train),
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            drop_last=train and self.args.dataloader_drop_last,
-            generator=torch.Generator(),  # each iterator draws its workers' seed, which no data depends on
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
-        )
-        return self.accelerator.prepare(loader)
-
-    def _materialise(self, source: ImageSource, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Small images are gathered and augmented here, on the device and as one batch."""
-        parameter = next(self.model.students.parameters())
-        batch = source.materialise(inputs, device=parameter.device, dtype=parameter.dtype)
-        if self.args.channels_last:
-            for name in ("pixel_values", "pixel_values_2"):
-                if name in batch:
-                    batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
-        return batch
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 for forward passes where `bf16=True`; backward passes and losses stay outside."""
@@ -449,27 +363,3 @@ class DistillationTrainer(Publishing, Checkpointing, Trainer):
             metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
             num_samples=len(all_labels),
         )
-
-
-def preprocessing_of(dataset: Any, processing_class: Any, config: Any) -> Preprocessing:
-    """Size, channels and statistics of the images that a run will see, decided once.
-
-    Raises:
-        InputError: an `ImageSource` and a processor that disagree: what is saved would not be what was trained on.
-    """
-    channels = getattr(config, "num_channels", 3)
-    if not isinstance(dataset, ImageSource):
-        if processing_class is not None:
-            return Preprocessing.from_image_processor(processing_class, num_channels=channels)
-        return Preprocessing(int(getattr(config, "image_size", None) or 224), channels)
-    own = dataset.preprocessing
-    if processing_class is not None:
-        given = Preprocessing.from_image_processor(processing_class, num_channels=own.num_channels)
-        for name in ("image_size", "mean", "std"):
-            ours, theirs = (torch.tensor(getattr(p, name), dtype=torch.float64) for p in (own, given))
-            if not torch.allclose(ours, theirs, atol=1e-4):
-                raise InputError(
-                    f"processing_class has {name}={getattr(given, name)} and the training images were made with "
-                    f"{getattr(own, name)}: leave processing_class out, or build the source with it"
-                )
-    return own

@@ -30,10 +30,11 @@ from hfkd.losses.online_adversarial import (
 from hfkd.models import ClassifierAdapter, ClassifierFeatures
 from hfkd.models.feature_discriminator import Shape
 
-from .base import DistillationTrainer, preprocessing_of
+from .base import DistillationTrainer
 from .cohort_checks import check_batches, check_images, check_labels, check_networks
 from .config import DistillationConfig, check_milestones, check_range
 from .feature_maps import FeatureMapTeaching, full_precision
+from .images import preprocessing_of
 from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
 from .optimizers import build_main_optimizer, milestone_schedule
 from .state import restore_rng_state, rng_state

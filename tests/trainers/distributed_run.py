@@ -1,18 +1,33 @@
 """One rank of a run, to be started in processes of its own; the ranks talk by gloo."""
 
 import os
+import signal
 from pathlib import Path
 
 import torch
 from tiny_runs import digit_sources, tiny_resnet
+from transformers import TrainerCallback
 
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
+
+
+class SignalOneRank(TrainerCallback):
+    """As a node's scheduler would: one process alone is told to stop, in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def rank_run(rank, world, port, output_dir, results, settings):
     """Trains; rank r writes its final parameters and its last log to `results`/r.pt."""
     settings = dict(settings)
-    options = {name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil", "unseeded")}
+    options = {
+        name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil", "unseeded", "signal_at")
+    }
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -43,6 +58,7 @@ def rank_run(rank, world, port, output_dir, results, settings):
         OnlineAdversarialConfig(str(output_dir), **(config | settings)),
         train_dataset=sources.train,
         eval_dataset=sources.test,
+        callbacks=[SignalOneRank(options["signal_at"])] if options["signal_at"] is not None and rank == 1 else [],
     )
     trainer.model.training_only.to(dtype)
     try:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from distributed_run import rank_run
 
+from hfkd.errors import InputError
+from hfkd.trainers.checkpointing import newest_valid_checkpoint
+
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["hfkd.trainers.online_adversarial", "sklearn.datasets"])
@@ -80,6 +83,14 @@ def test_drifting_ranks_are_stopped(tmp_path):
         assert "the ranks' parameters differ" in outcome["error"]
 
 
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
+    settings = {"per_device_train_batch_size": 25, "save_strategy": "steps", "save_steps": 100, "signal_at": 2}
+    outcomes = launch(2, tmp_path / "run", tmp_path / "results", **settings)
+    for outcome in outcomes:
+        assert "stopped by SIGTERM; resume with" in outcome["error"] and "checkpoint-3" in outcome["error"]
+    assert newest_valid_checkpoint(tmp_path / "run").name == "checkpoint-3"
+
+
 def test_ranks_start_alike_and_measure_what_a_save_would_hold(tmp_path):
     """Fresh students need no common seed, and batch norm's statistics are rank 0's in every evaluation."""
     outcomes = launch(2, tmp_path / "run", tmp_path / "results", per_device_train_batch_size=25, unseeded=True)
@@ -91,7 +102,5 @@ def test_ranks_start_alike_and_measure_what_a_save_would_hold(tmp_path):
 def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(tmp_path):
     settings = {"per_device_train_batch_size": 25, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     launch(2, tmp_path / "run", tmp_path / "two", **settings)
-    from hfkd.errors import InputError
-
     with pytest.raises(InputError, match="launch 2"):
         rank_run(0, 1, 0, tmp_path / "again", tmp_path, settings | {"resume": str(tmp_path / "run/checkpoint-1")})
