@@ -1,11 +1,19 @@
-"""Students, and one view of any image classifier. Importing this registers the Auto classes."""
+"""Students, generators, and one view of any image classifier. Importing this registers the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .adapter import ClassifierAdapter, ClassifierFeatures
+from .configuration_bigan_encoder import HfkdBiganEncoderConfig
+from .configuration_bigan_generator import HfkdBiganGeneratorConfig
+from .configuration_gradient_features import HfkdGradientFeaturesConfig
 from .configuration_resnet import HfkdResNetConfig
 from .configuration_wide_resnet import HfkdWideResNetConfig
 from .custom_code import code_files
+from .generator import GeneratorOutput, GeneratorPreTrainedModel
+from .gradient_features import build_gradient_features
+from .modeling_bigan_encoder import HfkdBiganEncoderForImageClassification, HfkdBiganEncoderModel
+from .modeling_bigan_generator import HfkdBiganGeneratorModel
+from .modeling_gradient_features import HfkdGradientFeaturesForImageClassification, HfkdGradientFeaturesModel
 from .modeling_resnet import HfkdResNetForImageClassification, HfkdResNetModel
 from .modeling_wide_resnet import HfkdWideResNetForImageClassification, HfkdWideResNetModel
 from .presets import STUDENT_PRESETS, StudentPreset, build_student
@@ -16,6 +24,16 @@ __all__ = [
     "STUDENT_PRESETS",
     "ClassifierAdapter",
     "ClassifierFeatures",
+    "GeneratorOutput",
+    "GeneratorPreTrainedModel",
+    "HfkdBiganEncoderConfig",
+    "HfkdBiganEncoderForImageClassification",
+    "HfkdBiganEncoderModel",
+    "HfkdBiganGeneratorConfig",
+    "HfkdBiganGeneratorModel",
+    "HfkdGradientFeaturesConfig",
+    "HfkdGradientFeaturesForImageClassification",
+    "HfkdGradientFeaturesModel",
     "HfkdResNetConfig",
     "HfkdResNetForImageClassification",
     "HfkdResNetModel",
@@ -23,16 +41,24 @@ __all__ = [
     "HfkdWideResNetForImageClassification",
     "HfkdWideResNetModel",
     "StudentPreset",
+    "build_gradient_features",
     "build_image_processor",
     "build_student",
     "code_files",
 ]
 
 for _backbone, _classifier in (
+    (HfkdGradientFeaturesModel, HfkdGradientFeaturesForImageClassification),
     (HfkdResNetModel, HfkdResNetForImageClassification),
     (HfkdWideResNetModel, HfkdWideResNetForImageClassification),
+    (HfkdBiganEncoderModel, HfkdBiganEncoderForImageClassification),
 ):
     _config = _backbone.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _backbone, exist_ok=True)
     AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
+
+for _generator in (HfkdBiganGeneratorModel,):
+    _config = _generator.config_class
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _generator, exist_ok=True)

@@ -63,6 +63,7 @@ class ClassifierAdapter:
         tap: `post_activation`, or `pre_activation` for the input of the activation whose output is the tap.
 
     Attributes:
+        classifier: the last linear layer, whose outputs are the logits.
         head: everything after the tap, from the model's own modules. It maps the tap to logits: the feature map
             (N, C, H, W), or where the model has tokens the sequence (N, T, C) with its special tokens.
 
@@ -76,7 +77,7 @@ class ClassifierAdapter:
             raise InputError(f"tap {tap!r} is unknown: use one of {', '.join(get_args(Tap))}")
         self.model = model
         self._backbone = _find_backbone(model)
-        self._classifier = _find_classifier(model, self._backbone)
+        self.classifier = _find_classifier(model, self._backbone)
         self._special_tokens = _count_special_tokens(self._backbone)
         self._activation: nn.Module | None = None
         pixels = self._probe_pixels(getattr(model.config, "image_size", None) or PROBE_SIZE)
@@ -142,7 +143,7 @@ class ClassifierAdapter:
 
         with ExitStack() as stack:
             stack.callback(self._backbone.register_forward_hook(keep_output).remove)
-            stack.callback(self._classifier.register_forward_pre_hook(keep_pooled).remove)
+            stack.callback(self.classifier.register_forward_pre_hook(keep_pooled).remove)
             if self._activation is not None:
                 stack.callback(self._activation.register_forward_pre_hook(keep_preactivation).remove)
             logits = self.model(pixel_values=pixel_values, return_dict=True).logits

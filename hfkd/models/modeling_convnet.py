@@ -27,11 +27,9 @@ class ConvNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """He normal with fan-out for convolutions, PyTorch's uniform for linear layers, 1 and 0 for norms."""
+        """Normal of `initial_std` for convolutions, PyTorch's uniform for linear layers, 1 and 0 for norms."""
         if isinstance(module, nn.Conv2d):
-            fan_out = module.out_channels * math.prod(module.kernel_size)
-            gain = getattr(module, "initial_gain", 1.0)
-            nn.init.normal_(module.weight, std=gain * math.sqrt(2.0 / fan_out))
+            nn.init.normal_(module.weight, std=self.initial_std(module))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
@@ -40,6 +38,11 @@ class ConvNetPreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
+
+    def initial_std(self, conv: nn.Conv2d) -> float:
+        """Standard deviation of a fresh convolution's weights: He's, with fan-out."""
+        fan_out = conv.out_channels * math.prod(conv.kernel_size)
+        return getattr(conv, "initial_gain", 1.0) * math.sqrt(2.0 / fan_out)
 
 
 class ConvNetModel(ConvNetPreTrainedModel):
