@@ -99,6 +99,18 @@ def describe(study: Study, rows: Sequence[Row]) -> str:
     )
 
 
+def check_orderings(study: Study, rows: Sequence[Row]) -> str:
+    """For each of the study's orderings, whether the first metric's paired differences bear it out."""
+    if not study.orderings:
+        return ""
+    values = collect(study, rows, study.metrics[0])
+    lines = []
+    for ordering in study.orderings:
+        found = compare(values, ordering.first, ordering.second) if ordering.first in values else None
+        lines.append(f"- {ordering}: {'not run yet' if found is None else ordering.verdict(found)}")
+    return "The paper's orderings:\n" + "\n".join(lines)
+
+
 def write_report(study: Study, rows: Sequence[Row], folder: Path) -> str:
     """Write `table.md` and `figure.png` into `folder`; returns the table, the sentences, and where they lie."""
     n_test = sorted({row["n_test"] for row in rows if row["recipe"] == study.name and row["dataset"] == study.dataset})
@@ -106,7 +118,8 @@ def write_report(study: Study, rows: Sequence[Row], folder: Path) -> str:
         f"{study.name} on {study.dataset}: {', '.join(n_test)} test images; mean ± standard error over seeds, and the "
         f"mean of the per-seed differences to {study.reference} ± its standard error."
     )
-    text = "\n\n".join(part for part in (make_table(study, rows), caption, describe(study, rows)) if part)
+    parts = (make_table(study, rows), caption, describe(study, rows), check_orderings(study, rows))
+    text = "\n\n".join(part for part in parts if part)
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     try:
         from .figure import draw_study

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from hfkd.errors import InputError
 
 from .methods import Method, find_method
 from .options import build, check_values, read_yaml
+from .orderings import Ordering, read_orderings
 from .suggest import nearest
 
 
-KEYS = ("name", "method", "recipe", "settings", "arms", "seeds", "reference", "metrics")
+KEYS = ("name", "method", "recipe", "settings", "arms", "seeds", "reference", "metrics", "orderings")
 SET_BY_STUDY = ("seed", "data_seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
 
 
@@ -41,6 +42,7 @@ class Study:
     seeds: list[int]
     reference: str
     metrics: list[str]
+    orderings: list[Ordering] = field(default_factory=list)
 
     def runs(self) -> Iterator[Run]:
         """All runs, seed by seed, so that the arms can be compared as early as possible.
@@ -55,7 +57,7 @@ class Study:
     def dataset(self) -> str:
         """The data's name for the results: of a local folder only its last part."""
         (data_arguments,) = (kind for kind in self.method.dataclasses() if kind.__name__ == "DataArguments")
-        default = next(field.default for field in dataclasses.fields(data_arguments) if field.name == "dataset_name")
+        default = next(item.default for item in dataclasses.fields(data_arguments) if item.name == "dataset_name")
         name = str(next(iter(self.arms.values())).get("dataset_name", default))
         return Path(name).resolve().name if Path(name).is_dir() else name
 
@@ -65,11 +67,12 @@ def read_study(path: Path) -> Study:
 
     Its keys: `method`; `arms` (name: options that differ); `seeds`; and optionally `name` (the recipe's name in the
     results; default: the file's), `recipe` (a shipped recipe or a YAML file beside the study), `settings` (options of
-    all arms, over the recipe), `reference` (the arm that others are compared with; default: the first) and `metrics`
-    (of the table and the figure; default: mean and ensemble accuracy).
+    all arms, over the recipe), `reference` (the arm that others are compared with; default: the first), `metrics`
+    (of the table and the figure; default: mean and ensemble accuracy) and `orderings` (what the paper says about the
+    arms in the first metric, such as `full > activation` or, for about equal, `full ~ gradient`).
 
     Raises:
-        InputError: an unknown key, option, method or reference, or an arm whose configuration is refused.
+        InputError: an unknown key, option, method, reference or ordering, or an arm whose configuration is refused.
     """
     content = read_yaml(path)
     for key in content:
@@ -95,6 +98,7 @@ def read_study(path: Path) -> Study:
         seeds=_list(content, "seeds", int, path),
         reference=reference,
         metrics=_list({"metrics": ["mean_accuracy", "ensemble_accuracy"], **content}, "metrics", str, path),
+        orderings=_read_orderings(content, arms, path),
     )
 
 
@@ -123,6 +127,11 @@ def _check_arm(method: Method, settings: dict[str, Any], source: str) -> dict[st
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     return checked
+
+
+def _read_orderings(content: dict[str, Any], arms: dict[str, Any], path: Path) -> list[Ordering]:
+    texts = _list(content, "orderings", str, path) if "orderings" in content else []
+    return read_orderings(texts, arms, str(path))
 
 
 def _check_folder_name(arm: str, path: Path) -> None:

@@ -1,9 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 
 from hfkd.errors import InputError
 from hfkd.scripts.methods import METHODS
+from hfkd.scripts.orderings import read_orderings
 from hfkd.scripts.report import collect, duration, make_table, write_report
 from hfkd.scripts.results import COLUMNS, append_csv, exclusive, read_csv
 from hfkd.scripts.study_file import Study
@@ -101,3 +103,13 @@ def test_the_lock_ends_with_the_block(tmp_path):
         pass
     with exclusive(tmp_path):
         pass
+
+
+def test_orderings_of_a_paper_are_checked(tmp_path):
+    orderings = read_orderings(["afd > vanilla", "vanilla ~ logit-only"], ["vanilla", "logit-only", "afd"], "toy")
+    study = replace(STUDY, arms={"vanilla": {}, "logit-only": {}, "afd": {}}, orderings=orderings)
+    rows = make_rows({"vanilla": [0.80, 0.81], "afd": [0.90, 0.912]})
+    text = write_report(study, rows, tmp_path)
+    assert "- afd > vanilla: holds: +10.10 ± 0.10 points" in text
+    assert "- vanilla ~ logit-only: not run yet" in text
+    assert "The paper's orderings" not in write_report(STUDY, rows, tmp_path)

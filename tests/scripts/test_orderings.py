@@ -1,0 +1,42 @@
+import math
+
+import pytest
+
+from hfkd.errors import InputError
+from hfkd.evaluation.statistics import Estimate
+from hfkd.scripts.orderings import read_orderings
+
+
+ARMS = ["activation", "gradient", "full"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "error", "verdict"),
+    [
+        ("full > activation", 0.07, 0.01, "holds: +7.00 ± 1.00 points"),
+        ("full > activation", 0.015, 0.01, "open: +1.50 ± 1.00 points"),
+        ("full > activation", -0.015, 0.01, "open: -1.50 ± 1.00 points"),
+        ("full > activation", -0.03, 0.01, "does not hold: -3.00 ± 1.00 points"),
+        ("full > activation", 0.07, math.nan, "open: +7.00 points in one seed"),
+        ("full ~ gradient", 0.004, 0.001, "holds: +0.40 ± 0.10 points"),
+        ("full ~ gradient", 0.02, 0.01, "open: +2.00 ± 1.00 points"),
+        ("full ~ gradient", -0.02, 0.001, "does not hold: -2.00 ± 0.10 points"),
+    ],
+)
+def test_verdicts(claim, value, error, verdict):
+    (ordering,) = read_orderings([claim], ARMS, "study.yaml")
+    assert str(ordering) == claim
+    assert ordering.verdict(Estimate(value, error, 3)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("full >= activation", "'full >= activation' is not of the form"),
+        ("full > activation > gradient", "is not of the form"),
+        ("full > activaton", "'activaton' is no arm.*activation"),
+    ],
+)
+def test_refuses(line, message):
+    with pytest.raises(InputError, match=message):
+        read_orderings([line], ARMS, "study.yaml")
