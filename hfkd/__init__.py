@@ -13,12 +13,21 @@ _PUBLIC = {
     "hfkd.errors": ("InputError", "RunError"),
     "hfkd.models": (
         "ClassifierAdapter",
+        "GeneratorOutput",
+        "HfkdBiganEncoderConfig",
+        "HfkdBiganEncoderForImageClassification",
+        "HfkdBiganEncoderModel",
+        "HfkdBiganGeneratorConfig",
+        "HfkdBiganGeneratorModel",
         "HfkdGradientFeaturesConfig",
         "HfkdGradientFeaturesForImageClassification",
         "HfkdGradientFeaturesModel",
         "HfkdResNetConfig",
         "HfkdResNetForImageClassification",
         "HfkdResNetModel",
+        "HfkdVaeEncoderConfig",
+        "HfkdVaeEncoderForImageClassification",
+        "HfkdVaeEncoderModel",
         "HfkdWideResNetConfig",
         "HfkdWideResNetForImageClassification",
         "HfkdWideResNetModel",
@@ -27,9 +36,11 @@ _PUBLIC = {
     ),
     "hfkd.data": ("Augmentation", "DataArguments", "Preprocessing", "build_sources", "load_image_datasets"),
     "hfkd.trainers.base": ("DistillationTrainer",),
+    "hfkd.trainers.bigan": ("BiGanConfig", "BiGanTrainer"),
     "hfkd.trainers.config": ("DistillationConfig",),
     "hfkd.trainers.interrupt": ("TrainingInterrupted",),
     "hfkd.trainers.online_adversarial": ("OnlineAdversarialConfig", "OnlineAdversarialTrainer"),
+    "hfkd.trainers.vae": ("VaeConfig", "VaeTrainer"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

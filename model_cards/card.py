@@ -1,6 +1,7 @@
 """Rendering a model card: one small function per section, a template per method, and metadata that the Hub accepts."""
 
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +16,14 @@ from hfkd.hub.hardware import hardware_line, versions_line
 from hfkd.hub.publish import card_repo_line
 
 from .curve import plot_history
-from .data import CardData, Parent, Picture
+from .data import CardData, Method, Parent, Picture
+from .encoder_usage import encoder_usage
 
 
 logger = logging.getLogger(__name__)
 
 CURVE_FILE = "curve.png"
-TASK = "image-classification"
+TASK = Method.task
 
 
 def write_card(data: CardData, folder: Path | str) -> Path:
@@ -74,8 +76,8 @@ def _metadata(data: CardData) -> ModelCardData:
     return ModelCardData(
         license=data.license,
         library_name="transformers",
-        pipeline_tag=TASK,
-        tags=list(dict.fromkeys([*data.method.tags, TASK, "vision", f"arxiv:{data.method.arxiv_id}"])),
+        pipeline_tag=data.method.task,
+        tags=list(dict.fromkeys([*data.method.tags, data.method.task, "vision", f"arxiv:{data.method.arxiv_id}"])),
         base_model=list(dict.fromkeys(base_models)) or None,
         datasets=[data.data.hub_id] if data.data and data.data.hub_id else None,
         metrics=list(dict.fromkeys(measured.metric_id for measured in data.measurements)) or None,
@@ -89,7 +91,7 @@ def _eval_results(data: CardData) -> list[EvalResult]:
         return []
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=data.method.task,
             dataset_type=data.data.hub_id or data.data.name,
             dataset_name=data.data.name,
             dataset_split=measured.split,
@@ -108,6 +110,8 @@ def _title(data: CardData) -> str:
 def _summary(data: CardData) -> str:
     count = len(data.students)
     what = "An image classifier, trained" if count == 1 else f"{count} image classifiers, trained together"
+    if data.method.task != TASK:
+        what = "An image encoder, trained without labels"
     where = f" on {_linked_data(data)}" if data.data else ""
     method = f"[{data.method.name}](https://arxiv.org/abs/{data.method.arxiv_id})"
     return f"{what}{where} with {method}, by `hfkd`."
@@ -120,32 +124,37 @@ def _linked_data(data: CardData) -> str:
 
 
 def _networks(data: CardData) -> str:
-    rows = [
-        (f"student {k}", student.description, f"{student.parameters:,}", "root" if k == 0 else f"`student_{k}`")
-        for k, student in enumerate(data.students)
-    ]
+    rows = []
+    for k, student in enumerate(data.students):
+        folder = student.folder or (f"student_{k}" if k else "")
+        name, place = (folder.replace("_", " "), f"`{folder}`") if folder else (f"student {k}", "root")
+        rows.append((name, student.description, f"{student.parameters:,}", place))
     return _table(("", "Network", "Parameters", "Folder"), rows)
 
 
 def _usage(data: CardData) -> str:
+    if data.method.task != TASK:
+        return encoder_usage(data)
+    revision = f", revision={json.dumps(data.revision)}" if data.revision else ""
     # One consent covers a repo: the code of every family lies at its root.
     consent = ", trust_remote_code=True" if any(student.custom_code for student in data.students) else ""
     lines = [
         "from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline",
         "",
         card_repo_line(data.location),
-        f'classify = pipeline("{TASK}", model=repo{consent})',
+        f'classify = pipeline("{TASK}", model=repo{revision}{consent})',
         'print(classify("image.png"))',
         "",
-        "processor = AutoImageProcessor.from_pretrained(repo)",
-        f"model = AutoModelForImageClassification.from_pretrained(repo{consent})",
+        f"processor = AutoImageProcessor.from_pretrained(repo{revision})",
+        f"model = AutoModelForImageClassification.from_pretrained(repo{revision}{consent})",
     ]
     text = _code("python", "\n".join(lines))
     if consent:
         text = "The model's code comes with its weights; `hfkd` need not be installed.\n\n" + text
     if len(data.students) > 1:
         folders = ", ".join(f"`student_{k}`" for k in range(1, len(data.students)))
-        call = f'peer = pipeline("{TASK}", model=repo, model_kwargs={{"subfolder": "student_1"}}{consent})'
+        peer = 'model_kwargs={"subfolder": "student_1"}'
+        call = f'peer = pipeline("{TASK}", model=repo{revision}, {peer}{consent})'
         text += f"\n\nThe repo's root is student 0. Its peers lie in {folders}:\n\n" + _code("python", call)
     return text
 

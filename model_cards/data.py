@@ -28,6 +28,18 @@ _METRICS = {
     "top5": ("top_5_accuracy", "Top-5 accuracy"),
     "mean_average_precision": ("mean_average_precision", "Mean average precision"),
 }
+# Those of a method with one classifier.
+_SINGLE_METRICS = {
+    "accuracy": _METRICS["accuracy"],
+    "top5_accuracy": _METRICS["top5"],
+    "mean_average_precision": _METRICS["mean_average_precision"],
+    "mean_average_precision_11_point": ("mean_average_precision_11_point", "Mean average precision (11 points)"),
+}
+# Those of networks that work together, and are measured together.
+_JOINT_METRICS = {
+    "reconstruction_error": ("mse", "Mean squared reconstruction error (pixels in [-1, 1])"),
+    "elbo": ("elbo", "Evidence lower bound (nats per image)"),
+}
 # Settings that say where a run lies or who ran it, not what it computes.
 _NOT_HYPERPARAMETERS = re.compile(
     r".*token.*|.*_dir|hub_.*|push_to_hub.*|run_name|report_to|resume_from_checkpoint|disable_tqdm|do_\w+"
@@ -44,28 +56,37 @@ class Method:
     citation: str
     tags: tuple[str, ...]
     template: str
+    task: str = "image-classification"
 
     @classmethod
     def of(cls, trainer: Any) -> "Method":
-        """From a trainer or its class: `_name`, `_paper` (title, id, citation), `_tag_names`, `_template_file`."""
+        """From a trainer or its class: `_name`, `_paper` (title, id, citation), `_tag_names`, `_template_file`.
+
+        `_task`, where there is one, is the Hub's name of what student 0 does.
+        """
         paper = trainer._paper
         tags = tuple(trainer._tag_names)
-        return cls(trainer._name, paper["title"], paper["id"], paper["citation"], tags, trainer._template_file)
+        facts = (trainer._name, paper["title"], paper["id"], paper["citation"], tags, trainer._template_file)
+        return cls(*facts, task=getattr(trainer, "_task", cls.task))
 
 
 @dataclass(frozen=True)
 class Student:
-    """One network of the cohort: what it is, how many parameters it has, whether it brings code of its own."""
+    """One saved network: what it is, its number of parameters, whether it brings code, and where it lies.
+
+    `folder` is None in a cohort, whose first student lies at the root and its peers in `student_1`, ...
+    """
 
     description: str
     parameters: int
     custom_code: bool
+    folder: str | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, name: str | None = None) -> "Student":
+    def of(cls, model: PreTrainedModel, name: str | None = None, folder: str | None = None) -> "Student":
         """From a model; `name` is what the user called it, a preset for example."""
         kind = type(model).__name__
-        return cls(f"{name} ({kind})" if name else kind, model.num_parameters(), bool(code_files(model)))
+        return cls(f"{name} ({kind})" if name else kind, model.num_parameters(), bool(code_files(model)), folder)
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ class CardData:
     Attributes:
         method: the method's facts.
         location: how a user names the model: its repo id or, for a local result, the folder as the user gave it.
+        revision: the repo's branch, where it is not the main one.
         students: the saved networks, student 0 first.
         parents: teachers and starting points.
         data: what it was trained and measured on.
@@ -153,6 +175,7 @@ class CardData:
     environment: Mapping[str, str] = field(default_factory=dict)
     wall_time_s: float | None = None
     command: str | None = None
+    revision: str | None = None
 
 
 def hub_id_or_none(name: str) -> str | None:
@@ -167,6 +190,11 @@ def measurements_of(metrics: Mapping[str, Any], split: str) -> tuple[Measurement
     """
     found = []
     for key, value in metrics.items():
+        name = key.removeprefix("eval_").removeprefix("test_")
+        if joint := _JOINT_METRICS.get(name):
+            found.append(Measurement("All networks", *joint, float(value), split))
+        if (single := _SINGLE_METRICS.get(name)) and math.isfinite(value):
+            found.append(Measurement("Model", *single, float(value), split))
         match = _METRIC_KEY.fullmatch(key)
         if match is None or match[2] not in _METRICS or not math.isfinite(value):
             continue

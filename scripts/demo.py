@@ -10,7 +10,8 @@ def run(argv: list[str]) -> int:
     default = next(iter(METHODS.values())).name
     parser = Parser("demo", __doc__)
     parser.add_argument("method", nargs="?", default=default, help=f"(default: {default})")
-    parser.add_argument("--output_dir", type=Path, default=Path("hfkd-demo"), help="(default: hfkd-demo)")
+    parser.add_argument("--output_dir", type=Path, help="(default: hfkd-demo/METHOD)")
     arguments = parser.parse_args(argv)
-    find_method(arguments.method).load("demo")(arguments.output_dir)
+    method = find_method(arguments.method)
+    method.load("demo")(arguments.output_dir or Path("hfkd-demo") / method.name)
     return 0

@@ -1,25 +1,17 @@
 """The demo of AFD: a pair that learns together against the same two students, each on its own."""
 
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
-from hfkd.data import DataArguments, ImageDatasets, load_image_datasets, make_source
-from hfkd.errors import RunError
 from hfkd.evaluation.cohort import cohort_metrics, ensemble_scores
 from hfkd.evaluation.statistics import describe_difference, paired_accuracy_difference
 
-from .checkpoint import load_cohort
-from .evaluate import data_of_run, logits_over
+from .demo_parts import logits_on_test, one_thread, reload, right
 from .methods import find_method
-from .options import build, check_values, read_yaml
+from .options import check_values, read_yaml
 from .present import percent
 from .train import train
 
@@ -30,27 +22,16 @@ RECIPE = "digits.yaml"
 # The same students, seeds and batches, without anything between them.
 ALONE: dict[str, Any] = {"kl_weight": 0.0, "feature_loss": "none"}
 CAVEAT = "The error is that of 1,597 images; another seed moves the numbers too, which `hfkd study` measures."
-# A new process: what a user does who has only the folder.
-RELOAD = """
-import sys
-from transformers import pipeline
-classifier = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)
-print(classifier(sys.argv[2], top_k=1)[0]["label"])
-"""
 
 
 def demo(output_dir: Path) -> None:
     """Train both, compare them on the test images, reload a student, and say where everything lies."""
     started = time.monotonic()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # images of 8x8 are too small to share, and threads of a busy machine wait for each other
-    try:
+    with one_thread():
         _train_both(output_dir)
         print("3/3  measuring both on the other 1,597 digits, and reloading a student in a new process", flush=True)
         print(_comparison(output_dir))
-        print(_reload(output_dir))
-    finally:
-        torch.set_num_threads(threads)
+        print(reload(output_dir))
     print(_closing(output_dir, time.monotonic() - started))
 
 
@@ -65,8 +46,8 @@ def _train_both(output_dir: Path) -> None:
 
 
 def _comparison(output_dir: Path) -> str:
-    together, labels = _test_logits(output_dir)
-    alone, _ = _test_logits(output_dir / "alone")
+    together, labels = logits_on_test(output_dir)
+    alone, _ = logits_on_test(output_dir / "alone")
     n = len(labels)
     ours, theirs = cohort_metrics(list(together.unbind(1)), labels), cohort_metrics(list(alone.unbind(1)), labels)
     rows = {f"student {k}, with its peer": ours[f"student_{k}_accuracy"] for k in range(together.shape[1])}
@@ -78,49 +59,15 @@ def _comparison(output_dir: Path) -> str:
     pairs.append(("the ensemble of the pair", "that of two that learned alone", _mean(together), _mean(alone)))
     words = []
     for a, b, scores_a, scores_b in pairs:
-        difference = paired_accuracy_difference(_right(scores_a, labels), _right(scores_b, labels))
+        difference = paired_accuracy_difference(right(scores_a, labels), right(scores_b, labels))
         words.append(f"  {describe_difference(difference, a, b)}")
     return "\n".join(
         [f"\naccuracy on {n:,} test digits, ± standard error", *lines, "\nin words", *words, f"  {CAVEAT}\n"]
     )
 
 
-def _test_logits(folder: Path) -> tuple[Tensor, Tensor]:
-    cohort = load_cohort(str(folder))
-    data = _data_of(folder)
-    assert data.test is not None  # the recipe asks for test images
-    return logits_over(cohort, make_source(data.test, data.columns, cohort.preprocessing), torch.device("cpu"))
-
-
-def _data_of(folder: Path) -> ImageDatasets:
-    (arguments,) = build([DataArguments], data_of_run(folder))
-    return load_image_datasets(arguments)
-
-
 def _mean(logits: Tensor) -> Tensor:
     return ensemble_scores(list(logits.unbind(1)))[0]
-
-
-def _right(scores: Tensor, labels: Tensor) -> Any:
-    return (scores.argmax(dim=1) == labels).numpy()
-
-
-def _reload(output_dir: Path) -> str:
-    """Classify one test digit with the saved student in a new process."""
-    data = _data_of(output_dir)
-    assert data.test is not None and data.columns.class_names is not None
-    example = data.test[0]
-    image: Image.Image = example[data.columns.image_column]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "digit.png"
-        image.save(path)
-        command = [sys.executable, "-c", RELOAD, str(output_dir), str(path)]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        last = result.stderr.strip().rpartition("\n")[2]
-        raise RunError(f"{output_dir}: the saved student could not be loaded in a new process: {last}")
-    truth = data.columns.class_names[example[data.columns.label_column]]
-    return f"  a new process loaded student 0 from {output_dir} and read a {truth} as {result.stdout.strip()}\n"
 
 
 def _closing(output_dir: Path, seconds: float) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfkd.data import DataArguments, ImageDatasets, ImageSource, load_image_datasets, make_source
 from hfkd.errors import InputError
+from hfkd.evaluation.classifier import classifier_metrics
 from hfkd.evaluation.cohort import cohort_metrics
 from hfkd.evaluation.inference import outputs_over
 from hfkd.evaluation.knn import knn_accuracy
@@ -79,8 +80,9 @@ def data_of_run(folder: Path) -> dict[str, Any]:
 def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) -> dict[str, Any]:
     """Measure a cohort on the test images.
 
-    Returns `metrics` (as `cohort_metrics` names them; probes give `student_<k>_accuracy`, several labels per image
-    `student_<k>_mean_average_precision`), `n_test`, `protocol`, and the probe's `settings`.
+    Returns `metrics`, `n_test`, `protocol`, and the probe's `settings`. Metrics are named as by `cohort_metrics`, and
+    those of a single student as by `classifier_metrics`; probes give `student_<k>_accuracy`, several labels per image
+    `student_<k>_mean_average_precision`.
 
     Raises:
         InputError: no labelled test images, or other classes than the students know.
@@ -123,6 +125,8 @@ def logits_over(
 def _accuracies(cohort: Cohort, test: ImageSource, device: torch.device, batch_size: int) -> dict[str, float]:
     logits, labels = logits_over(cohort, test, device, batch_size)
     students = list(logits.unbind(dim=1))
+    if len(students) == 1:
+        return {name: value for name, value in classifier_metrics(students[0], labels).items() if name != "loss"}
     if labels.dim() == 1:
         return cohort_metrics(students, labels)
     return {

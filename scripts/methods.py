@@ -24,7 +24,8 @@ class Method:
 
     `config`: its Config dataclass. `setup`: the dataclass of its own options for the command (which networks).
     `build`: `build(config, data, setup) -> Job`, which loads the data and makes the Trainer. `benchmark` and `demo`:
-    functions behind the subcommands of these names.
+    functions behind the subcommands of these names, where the method has them. `metrics`: what a study of the method
+    shows unless it names others.
     """
 
     stem: str
@@ -32,8 +33,9 @@ class Method:
     config: str
     setup: str
     build: str
-    benchmark: str
-    demo: str
+    benchmark: str | None = None
+    demo: str | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
 
     @property
     def name(self) -> str:
@@ -49,8 +51,12 @@ class Method:
         return [_load(self.setup), _load("hfkd.data:DataArguments"), _load(self.config)]
 
     def load(self, part: str) -> Any:
-        """The object behind `build`, `benchmark` or `demo`."""
-        return _load(getattr(self, part))
+        """The object behind `build`, `benchmark` or `demo`. Raises `InputError` where the method has none."""
+        target = getattr(self, part)
+        if target is None:
+            others = ", ".join(method.name for method in METHODS.values() if getattr(method, part))
+            raise InputError(f"{self.name} has no {part}: choose one of {others}, or hfkd train {self.name}.")
+        return _load(target)
 
 
 METHODS = {
@@ -64,6 +70,32 @@ METHODS = {
             build="hfkd.scripts.cohort:build",
             benchmark="hfkd.scripts.benchmark_online_adversarial:benchmark",
             demo="hfkd.scripts.demo_online_adversarial:demo",
+            metrics=("mean_accuracy", "ensemble_accuracy"),
+        ),
+        Method(
+            stem="gradient_features",
+            summary="Gradients as features: a linear classifier on the activations and gradients of a trained network",
+            config="hfkd.trainers.gradient_features:GradientFeaturesConfig",
+            setup="hfkd.scripts.gradient_base:GradientBaseArguments",
+            build="hfkd.scripts.gradient_base:build",
+            benchmark="hfkd.scripts.benchmark_gradient_features:benchmark",
+            demo="hfkd.scripts.demo_gradient_features:demo",
+        ),
+        Method(
+            stem="bigan",
+            summary="BiGAN (ALI): an encoder and a generator without labels; a base network for gradient features",
+            config="hfkd.trainers.bigan:BiGanConfig",
+            setup="hfkd.scripts.encoders:BiGanArguments",
+            build="hfkd.scripts.encoders:build_bigan",
+            metrics=("reconstruction_error", "discriminator_accuracy"),
+        ),
+        Method(
+            stem="vae",
+            summary="VAE: an encoder without labels, with ACAI's networks; a base network for gradient features",
+            config="hfkd.trainers.vae:VaeConfig",
+            setup="hfkd.scripts.encoders:VaeArguments",
+            build="hfkd.scripts.encoders:build_vae",
+            metrics=("elbo", "reconstruction_error"),
         ),
     ]
 }

@@ -24,8 +24,28 @@ def accuracy_rows(metrics: Mapping[str, float], n: int) -> dict[str, str]:
     return rows
 
 
+def precision_rows(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The mean average precisions among `metrics`, of data with several labels for each image, by what has them."""
+    rows = {}
+    for name, value in metrics.items():
+        owner, found, points = name.partition("mean_average_precision")
+        if found:
+            rows[f"{owner}{points}".replace("_", " ").strip() or "area"] = f"{value:.4f}"
+    return rows
+
+
+def describe_metrics(metrics: Mapping[str, float], n: int) -> str:
+    """The accuracies or precisions as `describe_accuracies` has them; where there are none, every metric."""
+    if accuracy_rows(metrics, n) or precision_rows(metrics):
+        return describe_accuracies(metrics, n)
+    width = max(map(len, metrics)) + 2
+    return "\n".join([f"on {n:,} test images", *(f"  {name:<{width}}{value:.4g}" for name, value in metrics.items())])
+
+
 def describe_accuracies(metrics: Mapping[str, float], n: int) -> str:
-    """One line per accuracy, with the standard error that n test images leave."""
-    rows = accuracy_rows(metrics, n)
+    """One line per accuracy, with the standard error that n test images leave, or per mean average precision."""
+    title, rows = "accuracy", accuracy_rows(metrics, n)
+    if not rows:
+        title, rows = "mean average precision", precision_rows(metrics)
     width = max(map(len, rows), default=0) + 2
-    return "\n".join([f"accuracy on {n:,} test images", *(f"  {name:<{width}}{text}" for name, text in rows.items())])
+    return "\n".join([f"{title} on {n:,} test images", *(f"  {name:<{width}}{text}" for name, text in rows.items())])

@@ -56,7 +56,7 @@ def compare(values: Values, arm: str, reference: str) -> Estimate | None:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share, shown in percent."""
-    return metric.endswith(("accuracy", "top5"))
+    return metric.endswith(("accuracy", "top5", "average_precision", "11_point"))
 
 
 def format_estimate(estimate: Estimate | None, metric: str, *, signed: bool = False) -> str:

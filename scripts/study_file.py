@@ -68,7 +68,7 @@ def read_study(path: Path) -> Study:
     Its keys: `method`; `arms` (name: options that differ); `seeds`; and optionally `name` (the recipe's name in the
     results; default: the file's), `recipe` (a shipped recipe or a YAML file beside the study), `settings` (options of
     all arms, over the recipe), `reference` (the arm that others are compared with; default: the first), `metrics`
-    (of the table and the figure; default: mean and ensemble accuracy) and `orderings` (what the paper says about the
+    (of the table and the figure; default: the method's) and `orderings` (what the paper says about the
     arms in the first metric, such as `full > activation` or, for about equal, `full ~ gradient`).
 
     Raises:
@@ -97,7 +97,7 @@ def read_study(path: Path) -> Study:
         arms=arms,
         seeds=_list(content, "seeds", int, path),
         reference=reference,
-        metrics=_list({"metrics": ["mean_accuracy", "ensemble_accuracy"], **content}, "metrics", str, path),
+        metrics=_list({"metrics": list(method.metrics), **content}, "metrics", str, path),
         orderings=_read_orderings(content, arms, path),
     )
 

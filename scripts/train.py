@@ -1,6 +1,7 @@
 """`hfkd train METHOD`: from options to data, networks and trainer; then train, measure on test images, save, share."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.utils import logging
 
 from hfkd.errors import InputError
+from hfkd.trainers.checkpointing import holds_students
 
 from .job import Job
 from .methods import METHODS, Method, find_method
-from .options import build, read_options, resolved, write_run_file
-from .present import describe_accuracies
+from .options import RUN_FILE, build, read_options, read_yaml, resolved, write_run_file
+from .present import describe_metrics
 from .results import write_atomically
 
 
@@ -29,7 +31,7 @@ def run(argv: list[str]) -> int:
     values = read_options(method.dataclasses(), argv[1:], f"hfkd train {method.name}", method.recipes)
     results = train(method, values)
     if results["metrics"]:
-        print(describe_accuracies(results["metrics"], results["n_test"]))
+        print(describe_metrics(results["metrics"], results["n_test"]))
     return 0
 
 
@@ -50,11 +52,15 @@ def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dic
     setup, data_arguments, config = build(kinds, values)
     job: Job = method.load("build")(config, data_arguments, setup)
     trainer = job.trainer
-    trainer.add_callback(_WriteRunFile(method.name, resolved(kinds, values)))
+    options = resolved(kinds, values)
+    trainer.add_callback(_WriteRunFile(method.name, options))
     if not show_logs:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_BarWithoutLogs())
     resume = _resume_from(config.resume_from_checkpoint)
+    trainer.may_replace_students = resume is None and repeats(Path(config.output_dir), options)
+    if trainer.may_replace_students and trainer.is_world_process_zero():
+        print(f"hfkd: note: this run replaces its own earlier result in {config.output_dir}", file=sys.stderr)
     outcome = trainer.train(resume_from_checkpoint=resume)
     metrics = {}
     if job.test is not None:
@@ -71,6 +77,14 @@ def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dic
     if config.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def repeats(folder: Path, options: dict[str, Any]) -> bool:
+    """Whether the students in `folder` are of a run with these very options, which would give them once more.
+
+    So it is after a kill between the last save and the results, and when a demo is run again.
+    """
+    return holds_students(folder) and (folder / RUN_FILE).is_file() and read_yaml(folder / RUN_FILE) == options
 
 
 class _WriteRunFile(TrainerCallback):

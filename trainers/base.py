@@ -11,13 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, sort_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hfkd.data import Augmentation, ImageSource, collate, set_sampler_epoch
 from hfkd.errors import InputError, RunError
 
+from .best_metric import check_metric_for_best_model
 from .checkpointing import (
     Checkpointing,
+    check_no_other_run,
     check_nothing_later,
     check_output_dir,
     newest_valid_checkpoint,
@@ -62,6 +64,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
     _paper: ClassVar[Mapping[str, str]]
     _tag_names: ClassVar[Sequence[str]]
     _template_file: ClassVar[str]
+    evaluates_labels: ClassVar[bool] = True  # whether `evaluation_metrics` looks at them
     # The losses are weighted by each micro-batch's share of the update's images.
     loss_is_scaled_for_ga = True
 
@@ -143,7 +146,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
         raise NotImplementedError
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`logits` (N, S, K) of the S students, and whatever else is measured on each of the N images, as (N, ...).
+        """What is measured on each of the N images, as (N, ...): for classifiers `logits` (N, S, K) of S students.
 
         Called in eval mode, without gradients and under autocast.
         """
@@ -152,6 +155,10 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
     def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
         """Metrics, without prefix, of a whole split: what `evaluation_step` gave and labels (N, ...), on the CPU."""
         raise NotImplementedError
+
+    def predictions(self, outputs: dict[str, Tensor]) -> Tensor:
+        """What `predict()` gives of what `evaluation_step` gave: by default student 0's logits (N, K)."""
+        return outputs["logits"][:, 0]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 for forward passes where `bf16=True`; backward passes and losses stay outside."""
@@ -167,18 +174,16 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
             TrainingInterrupted: after SIGINT or SIGTERM, with everything saved.
             RunError: on NaN, ranks that drift apart, a full disk: the last checkpoint is kept.
         """
+        check_metric_for_best_model(self)
         output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_valid_checkpoint(output_dir))
             if self.args.should_save:
                 set_aside_later_checkpoints(Path(resume_from_checkpoint))
-        elif resume_from_checkpoint:
-            check_nothing_later(Path(resume_from_checkpoint), output_dir)
-        elif not resume_from_checkpoint and (found := sort_checkpoints(output_dir=str(output_dir))):
-            raise InputError(
-                f"output_dir={output_dir} holds another run's {Path(found[-1]).name}: go on with it by "
-                "--resume_from_checkpoint true, or choose an empty folder"
-            )
+        elif resume_from_checkpoint and Path(resume_from_checkpoint).parent.resolve() == output_dir.resolve():
+            check_nothing_later(Path(resume_from_checkpoint))
+        else:
+            check_no_other_run(output_dir, self.may_replace_students)
         self._reset_accumulators()
         self._started = None if resume_from_checkpoint else time.monotonic()
         try:
@@ -190,9 +195,9 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's, after a last look for a NaN that was not logged and a signal that came after the last save."""
         self.check_finite()
-        stopped = self._stop.agreed(self.args)
+        stopped = self._stop.agreed()
         self._stop.restore()
-        if stopped and self._stop.stopped is not None:
+        if stopped:
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if not checkpoint.exists():
                 self._save_checkpoint(self.model, trial=None)
@@ -252,9 +257,9 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
             self._updates[name] = self._updates.get(name, 0) + last
         return share * loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
         self.optimizer.reduce_and_clip()
-        return self.optimizer.gradient_norms[self._main_optimizer]
+        return self.optimizer.gradient_norms.get(self._main_optimizer)
 
     def _get_learning_rate(self) -> float:
         # Called between an update and the step of the schedules: the rates that the update was made with.
@@ -315,8 +320,9 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
         """
         if not all_ranks(self._finite):
             parts = ", ".join(f"{name}={value:.4g}" for name, value in self._drain_parts().items())
+            detail = f" ({parts})" if parts else ""
             raise RunError(
-                f"the loss is not finite by step {self.state.global_step} ({parts}): lower the learning rate, "
+                f"the loss is not finite by step {self.state.global_step}{detail}: lower the learning rate, "
                 f"then resume with --resume_from_checkpoint true if {self.args.output_dir} holds a checkpoint"
             )
 
@@ -330,7 +336,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Logits of all students over a split, then the method's metrics; `predictions` are student 0's logits."""
+        """The method's outputs over a split, then its metrics and predictions."""
         was_training = self.model.training
         self.model.eval()
         broadcast_buffers(self.model)  # what is measured is what a save would hold
@@ -342,7 +348,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
             for inputs in dataloader:
                 batch = self._materialise(source, inputs)
                 if "labels" not in batch:
-                    if description != "Prediction":
+                    if self.evaluates_labels and description != "Prediction":
                         raise InputError(f"the {source.name} split has no labels to evaluate on: use predict()")
                     batch["labels"] = torch.full_like(batch["index"], -100)
                 with self.autocast():
@@ -353,12 +359,13 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         all_outputs = {name: torch.cat([part[name] for part, _ in parts]) for name in parts[0][0]}
         all_labels = torch.cat([labels for _, labels in parts])
-        metrics = {} if source.labels is None else self.evaluation_metrics(all_outputs, all_labels)
+        measurable = source.labels is not None or not self.evaluates_labels
+        metrics = self.evaluation_metrics(all_outputs, all_labels) if measurable else {}
         self.model.train(was_training)
         self.measured[source.name] = {f"eval_{name}": value for name, value in metrics.items()}
         self.measured[source.name]["images"] = len(all_labels)
         return EvalLoopOutput(
-            predictions=all_outputs["logits"][:, 0].float().numpy(),
+            predictions=self.predictions(all_outputs).float().numpy(),
             label_ids=None if source.labels is None else all_labels.numpy(),
             metrics={f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()},
             num_samples=len(all_labels),

@@ -11,6 +11,7 @@ A checkpoint folder is itself loadable as the students::
         trainer_state.json  manifest.json
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -79,16 +80,39 @@ def set_aside_later_checkpoints(checkpoint: Path) -> None:
         path.rename(path.with_name(f"damaged-{path.name}"))
 
 
-def check_nothing_later(checkpoint: Path, output_dir: Path) -> None:
+def check_nothing_later(checkpoint: Path) -> None:
     """Refuse to go on from an earlier checkpoint beside later ones, which rotation and `true` would prefer.
 
     Raises:
         InputError: naming the latest of them.
     """
-    later = later_checkpoints(checkpoint) if checkpoint.parent.resolve() == output_dir.resolve() else []
-    if later:
+    if later := later_checkpoints(checkpoint):
         raise InputError(
-            f"{output_dir} holds {later[-1].name}, later than {checkpoint.name}: move it away or choose another folder"
+            f"{checkpoint.parent} holds {later[-1].name}, later than {checkpoint.name}: "
+            "move it away or choose another folder"
+        )
+
+
+def holds_students(folder: Path) -> bool:
+    """Whether students were saved at the root of `folder`."""
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def check_no_other_run(output_dir: Path, may_replace_students: bool) -> None:
+    """Refuse a folder in which a run that starts afresh would write over what another one has left.
+
+    Raises:
+        InputError: naming the checkpoint or the students that are there.
+    """
+    if found := sort_checkpoints(output_dir=str(output_dir)):
+        raise InputError(
+            f"output_dir={output_dir} holds another run's {Path(found[-1]).name}: go on with it by "
+            "--resume_from_checkpoint true, or choose an empty folder"
+        )
+    if holds_students(output_dir) and not may_replace_students:
+        raise InputError(
+            f"output_dir={output_dir} holds the students of another run (config.json and weights): "
+            "choose another folder, or move them away"
         )
 
 
@@ -98,6 +122,8 @@ class Checkpointing(Trainer):
     args: DistillationConfig
     model: TrainingNetworks
     measured: dict[str, dict[str, float]]
+    # Students that already lie in `output_dir` are this trainer's own, or of a run of the very same options.
+    may_replace_students: bool = False
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -140,15 +166,15 @@ class Checkpointing(Trainer):
     def save_students(self, folder: Path) -> None:
         """Write every student with its processor, and the code of every family at the root, into `folder`."""
         students: list[Any] = list(self.model.students)
-        for number, student in enumerate(students):
+        for subfolder, student in zip(self.model.folders, students, strict=True):
             # channels_last weights are strided, which safetensors refuses.
             weights = {key: value.contiguous() for key, value in student.state_dict().items()}
-            target = student_folder(folder, number)
+            target = folder / subfolder
             with without_progress_bars():
                 student.save_pretrained(target, state_dict=weights)
-            if self.processing_class is not None:
+            if self.processing_class is not None and student.main_input_name == "pixel_values":
                 self.processing_class.save_pretrained(target)
-        write_code(students, folder)
+        write_code(students, folder, self.model.folders)
 
     def _save_training_state(self, folder: Path, generators: list[dict[str, Any]]) -> None:
         state = folder / STATE_FOLDER
@@ -184,6 +210,7 @@ class Checkpointing(Trainer):
         check_same_parameters(self.model, self.state.global_step)
         broadcast_buffers(self.model)
         self.check_weights_finite()
+        self.may_replace_students |= target.resolve() == Path(self.args.output_dir).resolve()
         failure = None
         if self.args.should_save:
             try:
@@ -216,8 +243,8 @@ class Checkpointing(Trainer):
         self.measured.clear()  # what has been measured so far was of other weights
         if student_folder(folder, len(self.model.students)).exists():
             raise InputError(f"{folder} holds more students than this run's {len(self.model.students)}")
-        for number, student in enumerate(self.model.students):
-            _load_strictly(student, student_folder(folder, number))
+        for subfolder, student in zip(self.model.folders, self.model.students, strict=True):
+            _load_strictly(student, folder / subfolder)
         state = read_state(folder / STATE_FOLDER, "networks")
         try:
             self.model.training_only.load_state_dict(state)
@@ -301,6 +328,11 @@ def _load_strictly(student: PreTrainedModel, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} holds no saved student: the checkpoint was made with other students than this run's"
+        )
+    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"), student.config
+    if saved != own.model_type:
+        raise InputError(
+            f"{folder} holds a {saved}, and this run's student is a {own.model_type}: use its own checkpoint"
         )
     try:
         with without_progress_bars():

@@ -36,7 +36,7 @@ def check_networks(students: Sequence[PreTrainedModel], teacher: PreTrainedModel
     counts = [network.config.num_labels for network in networks.values()]
     if len(set(counts)) > 1:
         raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")
-    return _common_precision(students)
+    return common_precision(students)
 
 
 def _by_name(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> dict[str, PreTrainedModel]:
@@ -51,7 +51,12 @@ def _check_own_weights(networks: Mapping[str, PreTrainedModel]) -> None:
             raise InputError(f"{a} and {b} share weights: build each network by itself, or copy it with copy.deepcopy")
 
 
-def _common_precision(students: Sequence[PreTrainedModel]) -> torch.dtype:
+def common_precision(students: Sequence[PreTrainedModel]) -> torch.dtype:
+    """float32 or float64, whichever all students have.
+
+    Raises:
+        InputError: mixed or half precision.
+    """
     found = {parameter.dtype for student in students for parameter in student.parameters()}
     if len(found) > 1 or not found <= {torch.float32, torch.float64}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
@@ -78,22 +83,23 @@ def check_images(
             network(pixel_values=pixels)
 
 
-def check_labels(name: str, dataset: Any, num_labels: int) -> None:
+def check_labels(name: str, dataset: Any, num_labels: int, *, several_labels: bool = False) -> None:
     """Raise InputError unless each image of `dataset` has one label, of as many classes as the networks have.
 
     Args:
         name: the argument that `dataset` was given as.
         dataset: an `ImageSource`, a `datasets.Dataset`, a dict of them, or None.
         num_labels: the networks' classes.
+        several_labels: whether the method also takes data with several labels for each image.
     """
     if isinstance(dataset, dict):
         for part, one in dataset.items():
-            check_labels(f"{name}[{part!r}]", one, num_labels)
+            check_labels(f"{name}[{part!r}]", one, num_labels, several_labels=several_labels)
     elif dataset is not None:
-        columns = _columns(name, dataset)
+        columns = columns_of(name, dataset)
         if columns.num_labels is None:
             raise InputError(f"{name} has no labels: name its label column, or choose labelled data")
-        if columns.multi_label:
+        if columns.multi_label and not several_labels:
             raise InputError(
                 f"{name} has several labels for each image (column {columns.label_column!r}), and this method is for "
                 "one: choose a column of ClassLabel"
@@ -105,7 +111,8 @@ def check_labels(name: str, dataset: Any, num_labels: int) -> None:
             )
 
 
-def _columns(name: str, dataset: Any) -> ImageColumns:
+def columns_of(name: str, dataset: Any) -> ImageColumns:
+    """The image and label columns of `dataset`, which was given as the argument `name`."""
     if isinstance(dataset, ImageSource):
         return dataset.columns
     if not isinstance(dataset, datasets.Dataset):

@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hfkd.errors import InputError
 
 
-OPTIMIZERS = ("sgd", "adamw_torch")
+OPTIMIZERS = ("sgd", "adam", "adamw_torch")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 _SEVERAL_OPTIMIZERS = "it cannot shard several networks with several optimizers; launch with torchrun instead"
@@ -92,7 +92,10 @@ class DistillationConfig(TrainingArguments):
 
     # TrainingArguments whose defaults do not fit: the reason stands in each help.
     output_dir: str = field(default="runs", metadata={"help": "Folder for checkpoints and the final students."})
-    optim: str = field(default="sgd", metadata={"help": "Main optimizer of the students: sgd or adamw_torch."})
+    optim: str = field(
+        default="sgd",
+        metadata={"help": "Main optimizer of the students: sgd, adam (weight decay coupled) or adamw_torch."},
+    )
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Clip each optimizer's gradients to this norm; 0 (the papers): never."}
     )
@@ -143,7 +146,10 @@ class DistillationConfig(TrainingArguments):
         self.use_cpu: bool = self.use_cpu or not _has_usable_accelerator()
         self.lr_scheduler_type = _choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.optim = _choice("optim", self.optim, OPTIMIZERS)
+        # TrainingArguments has no name for Adam.
+        optim, self.optim = self.optim, "adamw_torch" if self.optim == "adam" else self.optim
         super().__post_init__()
+        self.optim = optim
         # `accelerate launch` sets it by an environment variable, past the fields.
         if self.mixed_precision not in ("no", "bf16"):
             raise InputError(

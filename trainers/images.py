@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hfkd.data import Augmentation, ImageSource, KeyedSampler, Preprocessing, find_columns, make_source
+from hfkd.data import (
+    Augmentation,
+    ImageSource,
+    KeyedSampler,
+    Preprocessing,
+    find_columns,
+    make_source,
+    view_name,
+)
 from hfkd.errors import InputError
 
 from .config import DistillationConfig
@@ -93,9 +101,9 @@ class ImageLoading(Trainer):
         parameter = next(self.model.students.parameters())
         batch = source.materialise(inputs, device=parameter.device, dtype=parameter.dtype)
         if self.args.channels_last:
-            for name in ("pixel_values", "pixel_values_2"):
-                if name in batch:
-                    batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
+            for view in range(source.views):
+                name = view_name("pixel_values", view)
+                batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
         return batch
 
 

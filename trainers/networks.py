@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfkd.data import Preprocessing
+from hfkd.hub.remote_code import cohort_folders
 
 
 class FrozenTeacher(nn.Module):
@@ -80,6 +81,7 @@ class TrainingNetworks(nn.Module):
         students: the networks to be saved, student 0 first.
         training_only: modules beside the students, never in them: discriminators, transfer layers, projectors.
         teachers: frozen networks; never saved.
+        folders: where in a checkpoint each student lies, the first at its root (""); by default as in a cohort.
     """
 
     students: nn.ModuleList
@@ -89,8 +91,10 @@ class TrainingNetworks(nn.Module):
         students: Sequence[PreTrainedModel],
         training_only: Mapping[str, nn.Module] | None = None,
         teachers: Sequence[FrozenTeacher] = (),
+        folders: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.folders = list(folders) if folders is not None else cohort_folders(len(students))
         self.students = nn.ModuleList(students)
         self.training_only = nn.ModuleDict(dict(training_only or {}))
         self.teachers = nn.ModuleList(teachers)

@@ -36,7 +36,7 @@ from .config import DistillationConfig, check_milestones, check_range
 from .feature_maps import FeatureMapTeaching, full_precision
 from .images import preprocessing_of
 from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
-from .optimizers import build_main_optimizer, milestone_schedule
+from .optimizers import build_main_optimizer, build_main_schedule, milestone_schedule
 from .state import restore_rng_state, rng_state
 
 
@@ -317,17 +317,14 @@ class OnlineAdversarialTrainer(DistillationTrainer):
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
         args = self.args
-        return {
+        schedules = {
             name: milestone_schedule(
-                optimizer,
-                max_steps=max_steps,
-                milestones=args.lr_milestones if name == "student" else args.feature_lr_milestones,
-                gamma=args.lr_gamma,
-                kind=args.lr_scheduler_type if name == "student" else "constant",
-                warmup_steps=args.get_warmup_steps(max_steps) if name == "student" else 0,
+                optimizer, max_steps=max_steps, milestones=args.feature_lr_milestones, gamma=args.lr_gamma
             )
             for name, optimizer in optimizers.items()
+            if name != "student"
         }
+        return {"student": build_main_schedule(optimizers["student"], args, max_steps), **schedules}
 
     # -- one update --------------------------------------------------------------------------------------------------
 
@@ -349,7 +346,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             parts |= {f"student_{k}_feature": loss for k, loss in enumerate(aligned)}
         # Peers are detached, so the gradient of the sum is each network's own.
         total = torch.stack(losses).sum()
-        self._accumulate("student", share * total, retain_graph=maps_active and not again)
+        self.optimizer.backward("student", share * total, retain_graph=maps_active and not again)
         if maps_active:
             feature_losses, discriminator_parts = self._map_step(this, features, last)
             parts |= discriminator_parts | {f"student_{k}_feature": loss for k, loss in enumerate(feature_losses)}
@@ -371,7 +368,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         if self._adversarial:
             with self.autocast():
                 losses, parts = self.maps.discriminator_losses(maps)
-            self._accumulate("discriminator", this.share * torch.stack(losses).sum())
+            self.optimizer.backward("discriminator", this.share * torch.stack(losses).sum())
         if last and self._adversarial and args.update_order == "discriminator_first":
             self.optimizer.step_now("discriminator")
         if this.generators is None:
@@ -393,19 +390,12 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         assert self.maps is not None
         with self.autocast():
             losses = self.maps.extractor_losses(maps)
-        self._accumulate("feature", share * self.args.feature_loss_weight * torch.stack(losses).sum())
+        self.optimizer.backward("feature", share * self.args.feature_loss_weight * torch.stack(losses).sum())
         return [loss.detach() for loss in losses]
 
-    def _accumulate(self, name: str, loss: Tensor, retain_graph: bool = False) -> None:
-        parameters = self._parameters[name]
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-        self.optimizer.accumulate(name, parameters, gradients)
-
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        optimizer = super().create_optimizer(model)
-        self._parameters = {name: optimizer.parameters(name) for name in optimizer.optimizers}
         self._pending.clear()
-        return optimizer
+        return super().create_optimizer(model)
 
     # -- losses ------------------------------------------------------------------------------------------------------
 

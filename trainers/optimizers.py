@@ -40,6 +40,12 @@ class NamedOptimizers:
             if gradient is not None:
                 own[parameter] = own[parameter] + gradient if parameter in own else gradient
 
+    def backward(self, name: str, loss: Tensor, retain_graph: bool = False) -> None:
+        """Add the gradients of `loss` with respect to optimizer `name`'s own parameters, and of no others."""
+        parameters = self.parameters(name)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        self.accumulate(name, parameters, gradients)
+
     def gradients(self, name: str) -> dict[nn.Parameter, Tensor]:
         """What optimizer `name` has accumulated since its last step."""
         return self._gradients[name]
@@ -73,7 +79,7 @@ class NamedOptimizers:
         if not gradients:
             return
         for parameter, gradient in gradients.items():
-            parameter.grad = gradient
+            parameter.grad = _laid_out_as(parameter, gradient)
         self.optimizers[name].step()
         for parameter in gradients:
             parameter.grad = None
@@ -100,6 +106,8 @@ class NamedOptimizers:
             if sizes[0] != sizes[1]:
                 raise ValueError(f"optimizer {name}: {sizes[1]} parameters in the checkpoint, {sizes[0]} in this run")
             optimizer.load_state_dict({"state": state[name]["state"], "param_groups": own})
+            for parameter, entries in optimizer.state.items():
+                entries.update({key: _laid_out_as(parameter, value) for key, value in entries.items()})
 
 
 class NamedSchedules:
@@ -133,6 +141,17 @@ class NamedSchedules:
                 group["lr"] = rate
 
 
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """`value` in the memory layout of `parameter`, where it is a tensor of its shape.
+
+    Fused optimizers go through memory without a look at strides: with a channels_last weight and a contiguous gradient
+    or moment (as a checkpoint or an average over ranks has it) they would silently mix up the entries.
+    """
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def build_main_optimizer(parameters: Sequence[nn.Parameter], args: DistillationConfig) -> torch.optim.Optimizer:
     """The students' main optimizer by the Config's `optim`; weight decay on all parameters, as the papers have it.
 
@@ -147,11 +166,16 @@ def build_main_optimizer(parameters: Sequence[nn.Parameter], args: DistillationC
             nesterov=args.nesterov,
             fused=True,
         )
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
+    return build_adam(parameters, args, args.learning_rate)
+
+
+def build_adam(parameters: Sequence[nn.Parameter], args: DistillationConfig, rate: float) -> torch.optim.Optimizer:
+    """Adam with the Config's betas, epsilon and weight decay: decoupled where `optim` is adamw_torch, else coupled."""
+    kind = torch.optim.AdamW if args.optim == "adamw_torch" else torch.optim.Adam
+    return kind(
         parameters,
-        lr=args.learning_rate,
-        betas=betas,
+        lr=rate,
+        betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
         fused=True,
@@ -184,6 +208,18 @@ def milestone_schedule(
     # An optimizer that waits for its first gradients while its schedule runs on is no mistake to be warned of.
     optimizer._opt_called = True  # type: ignore[attr-defined]
     return schedule
+
+
+def build_main_schedule(optimizer: torch.optim.Optimizer, args: DistillationConfig, max_steps: int) -> LambdaLR:
+    """The schedule of the students' main optimizer, by the Config's fields without prefix."""
+    return milestone_schedule(
+        optimizer,
+        max_steps=max_steps,
+        milestones=args.lr_milestones,
+        gamma=args.lr_gamma,
+        kind=args.lr_scheduler_type,
+        warmup_steps=args.get_warmup_steps(max_steps),
+    )
 
 
 def _check_names(what: str, own: dict[str, Any], state: dict[str, Any]) -> None:

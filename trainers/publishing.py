@@ -1,5 +1,6 @@
 """Sharing a run on the Hub: every push leaves a repo that loads, and a failed push never costs a checkpoint."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from hfkd.model_cards import (
     DataUsed,
     Method,
     Parent,
+    Picture,
     Student,
     changed_settings,
     measurements_of,
@@ -48,6 +50,7 @@ class Publishing(Trainer):
     measured: dict[str, dict[str, float]]
     _started: float | None = None  # when this process began to train; None for a resumed run
     _push: "Future[Any] | None" = None
+    _revision: str | None = None  # that of a push under way which goes elsewhere than the Config's
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Check token and repo before the first step; the repo is created if it does not exist.
@@ -68,25 +71,43 @@ class Publishing(Trainer):
         share_failure(failure, InputError)
 
     def write_card(self, folder: str | Path) -> None:
-        """Write README.md and its pictures, with what has been measured so far, into a folder of saved students."""
+        """Write README.md and its pictures, with what has been measured so far, into a folder of saved students.
+
+        The options that the card's command names, where there are any, come with it.
+        """
         args = self.args
         run_file = Path(args.output_dir) / RUN_FILE
         command = f"hfkd train {Path(self._template_file).stem.replace('_', '-')} --config {RUN_FILE}"
         card = CardData(
             method=Method.of(self),
             location=self.hub_model_id or str(folder),
-            students=tuple(Student.of(student) for student in self.model.students),
+            revision=(self._revision or args.hub_revision) if self.hub_model_id else None,
+            students=tuple(
+                Student.of(student, folder=place)
+                for student, place in zip(self.model.students, self.model.folders, strict=True)
+            ),
             parents=tuple(self._parents()),
             data=self._data_used(),
             license=args.license,
             measurements=tuple(m for split, found in self.measured.items() for m in measurements_of(found, split)),
-            hyperparameters=changed_settings(args),
+            hyperparameters=self.card_settings(),
             log_history=tuple(self.state.log_history),
+            pictures=tuple(self.draw_pictures(Path(folder))),
             environment=environment_report(),
             wall_time_s=self._training_time(),
             command=command if run_file.exists() else None,
         )
         write_card(card, folder)
+        if run_file.exists() and Path(folder).resolve() != run_file.parent.resolve():
+            shutil.copyfile(run_file, Path(folder) / RUN_FILE)
+
+    def draw_pictures(self, folder: Path) -> Iterator[Picture]:
+        """Save a method's own pictures beside its card."""
+        return iter(())
+
+    def card_settings(self) -> dict[str, Any]:
+        """The settings that a card tells: those that differ from the defaults."""
+        return changed_settings(self.args)
 
     def _training_time(self) -> float | None:
         """Seconds from the first step to the last, or to now while training."""
@@ -136,10 +157,9 @@ class Publishing(Trainer):
         except RunError as error:
             logger.warning(f"{error} (training is not affected; the next push makes up for this one)")
 
-    def _start_push(
-        self, folder: str | Path, message: str, token: str | None = None, revision: str | None = None
-    ) -> "Future[Any]":
+    def _start_push(self, folder: str | Path, message: str, token: str | None = None) -> "Future[Any]":
         """A push in the background; whatever goes wrong waits in its future, as a RunError."""
+        revision = self._revision or self.args.hub_revision
         try:
             return push_folder(
                 folder,
@@ -147,12 +167,12 @@ class Publishing(Trainer):
                 token=token or self.args.hub_token,
                 commit_message=message,
                 private=self.args.hub_private_repo,
-                revision=revision or self.args.hub_revision,
+                revision=revision,
                 run_as_future=True,
             )
         except InputError as error:  # the token that was there before the first step is gone
             push: Future[Any] = Future()
-            push.set_exception(push_failure(str(error), folder, self._repo_id))
+            push.set_exception(push_failure(str(error), folder, self._repo_id, revision))
             return push
 
     # -- at the end --------------------------------------------------------------------------------------------------
@@ -188,11 +208,15 @@ class Publishing(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        push = self._start_push(self.args.output_dir, commit_message, token, revision)
+        self._revision = revision
+        try:
+            self.save_model(_internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            self._finish_current_push()
+            push = self._start_push(self.args.output_dir, commit_message, token)
+        finally:
+            self._revision = None
         return push.result() if blocking else push
 
     @property

@@ -1,14 +1,14 @@
 """Images and the random draws on them: loading, splitting, decoding, augmenting, ordering."""
 
 from .arguments import DataArguments
-from .augmentation import Augmentation, ResizedCrop
+from .augmentation import Augmentation, ResizedCrop, SquareCrop
 from .build import ImageSources, augmentation_for, build_sources
 from .columns import ImageColumns, find_columns, read_labels
-from .keyed_random import keyed_generator, keyed_permutation, keyed_uniform
+from .keyed_random import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
 from .loading import ImageDatasets, load_digits, load_image_datasets, split_image_datasets
 from .preprocessing import STATISTICS, Preprocessing
 from .sampler import DrawsDataset, KeyedSampler, collate, set_sampler_epoch
-from .sources import ImageSource, ResidentImages, StreamedImages, make_source
+from .sources import ImageSource, ResidentImages, StreamedImages, make_source, view_name
 
 
 __all__ = [
@@ -24,12 +24,14 @@ __all__ = [
     "Preprocessing",
     "ResidentImages",
     "ResizedCrop",
+    "SquareCrop",
     "StreamedImages",
     "augmentation_for",
     "build_sources",
     "collate",
     "find_columns",
     "keyed_generator",
+    "keyed_normal",
     "keyed_permutation",
     "keyed_uniform",
     "load_digits",
@@ -38,4 +40,5 @@ __all__ = [
     "read_labels",
     "set_sampler_epoch",
     "split_image_datasets",
+    "view_name",
 ]

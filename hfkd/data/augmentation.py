@@ -54,6 +54,24 @@ class ResizedCrop:
 
 
 @dataclass(frozen=True)
+class SquareCrop:
+    """Random square part of an image, as large as the part that a centre crop keeps.
+
+    Attributes:
+        fraction: its side over the shorter side of the image.
+    """
+
+    fraction: float = 0.875
+
+    def box(self, width: int, height: int, draws: Tensor) -> Box:
+        """(left, top, right, bottom) in pixels; `draws` ends with those of top and left, as for `ResizedCrop`."""
+        side = max(1, round(self.fraction * min(width, height)))
+        top_draw, left_draw = draws[-2:].tolist()
+        top, left = int(top_draw * (height - side + 1)), int(left_draw * (width - side + 1))
+        return left, top, left + side, top + side
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """What is done to training images. The default does nothing.
 
@@ -67,7 +85,7 @@ class Augmentation:
     crop_padding: int = 0
     padding_mode: Literal["reflect", "zeros"] = "reflect"
     horizontal_flip: bool = False
-    resized_crop: ResizedCrop | None = None
+    resized_crop: ResizedCrop | SquareCrop | None = None
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:

@@ -47,7 +47,7 @@ def build_sources(
         data: from `load_image_datasets`.
         args: its size, normalisation and augmentation fields.
         seed: of the augmentation.
-        views: augmented versions of each training image, 1 or 2.
+        views: augmented versions of each training image.
         processor: image processor whose size and statistics hold, unless `args` say otherwise.
         num_channels: of the model; by default that of the first training image.
         resident_limit: see `make_source`.

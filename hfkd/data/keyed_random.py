@@ -6,6 +6,7 @@ depend on batch size, workers, ranks, or on where a run was interrupted. The dra
 key, in wrap-around int64 arithmetic that is the same on CPU and CUDA.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 ORDER_STREAM = -1
 SPLIT_STREAM = -2
 GENERATOR_STREAM = -3
+LATENT_STREAM = -4
+NOISE_STREAM = -5
+MIXING_STREAM = -6
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
@@ -63,6 +67,16 @@ def keyed_uniform(seed: int, epoch: Tensor | int, index: Tensor, view: int, coun
     counter = torch.arange(count, device=index.device)
     bits = _absorb(_keyed_state(seed, epoch, index, view)[:, None], counter)
     return ((bits >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
+
+
+def keyed_normal(seed: int, epoch: Tensor | int, index: Tensor, view: int, count: int) -> Tensor:
+    """`count` draws from N(0, 1) for each sample, by the Box-Muller transform; otherwise as `keyed_uniform`.
+
+    Returns:
+        float64 (N, count). Draw j is made of the uniform draws 2j and 2j + 1.
+    """
+    radius, angle = keyed_uniform(seed, epoch, index, view, 2 * count).unflatten(1, (count, 2)).unbind(2)
+    return torch.sqrt(-2 * torch.log1p(-radius)) * torch.cos(2 * math.pi * angle)
 
 
 def keyed_permutation(seed: int, epoch: int, n: int) -> Tensor:

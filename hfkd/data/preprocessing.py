@@ -20,6 +20,7 @@ STATISTICS = {
     "cifar100": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "digits": ((0.3053,) * 3, (0.3759,) * 3),
+    "symmetric": ((0.5,) * 3, (0.5,) * 3),  # to [-1, 1], which generators make
 }
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa"}
 # What Pillow raises on broken files of one format or another.
@@ -61,7 +62,7 @@ class Preprocessing:
 
     @classmethod
     def from_statistics(cls, name: str, image_size: int, num_channels: int = 3, **changes: Any) -> "Preprocessing":
-        """With the known statistics of a dataset: `cifar10`, `cifar100`, `imagenet` or `digits`."""
+        """With the known statistics of a dataset, or `symmetric`: a key of `STATISTICS`."""
         if name not in STATISTICS:
             raise InputError(f"normalization {name!r} is unknown: choose one of {[*STATISTICS, 'train']}")
         mean, std = STATISTICS[name]

@@ -25,6 +25,11 @@ RESIDENT_LIMIT_BYTES = 2 * 2**30
 _DECODE_CHUNK = 512
 
 
+def view_name(name: str, view: int) -> str:
+    """What view number `view`, from 0, of `name` is called in an item or a batch: `image`, `image_2`, ..."""
+    return f"{name}_{view + 1}" if view else name
+
+
 class ImageSource(Dataset[dict[str, Any]], ABC):
     """A map-style dataset whose items are cheap and whose `materialise` makes the batch.
 
@@ -36,7 +41,7 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
         columns: from `find_columns`.
         preprocessing: size, channels, normalisation.
         augmentation: what is done to the images; by default nothing (evaluation).
-        views: 1, or 2 differently augmented versions of each image.
+        views: differently augmented versions of each image.
         seed: of the augmentation's draws.
         name: of the split, for error messages.
 
@@ -64,8 +69,8 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
         self._copies: dict[torch.device, dict[str, Tensor]] = {}
 
     def _configure(self, augmentation: Augmentation, views: int, seed: int) -> None:
-        if views not in (1, 2):
-            raise InputError(f"views {views} is neither 1 nor 2")
+        if views < 1:
+            raise InputError(f"views {views} is too small: give at least 1")
         self.augmentation, self.views, self.seed = augmentation, views, seed
 
     def variant(
@@ -123,7 +128,7 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
             dtype: of the pixels.
 
         Returns:
-            `pixel_values` (N, C, H, W); with two views `pixel_values_2` too; `index` int64 (N,); unless unlabelled
+            `pixel_values` (N, C, H, W), of further views `pixel_values_2`, ...; `index` int64 (N,); unless unlabelled
             `labels`: int64 (N,), or multi-hot float (N, L) for several labels (float64 for float64 pixels).
 
         Raises:
@@ -138,7 +143,7 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
         for view in range(self.views):
             pixels = self._pixels(batch, index, view)
             pixels = self.augmentation(pixels, self.seed, epoch, index, view)
-            result["pixel_values_2" if view else "pixel_values"] = self.preprocessing.normalize(pixels, dtype)
+            result[view_name("pixel_values", view)] = self.preprocessing.normalize(pixels, dtype)
         result["index"] = index
         if self.labels is not None:
             labels = self._on_device(device, "labels", self.labels).index_select(0, index)
@@ -202,11 +207,11 @@ class StreamedImages(ImageSource):
         for view in range(self.views):
             box = self.augmentation.box(*image.size, self.seed, epoch, index, view)
             part = image.resize((side, side), self.preprocessing.resample, box)
-            item["image_2" if view else "image"] = to_pixels(part)
+            item[view_name("image", view)] = to_pixels(part)
         return item
 
     def _pixels(self, batch: Mapping[str, Any], index: Tensor, view: int) -> Tensor:
-        image = batch["image_2"] if view and "image_2" in batch else batch["image"]
+        image = batch.get(view_name("image", view), batch["image"])  # one image serves all views that are not cut
         return image.to(index.device, non_blocking=True)
 
 

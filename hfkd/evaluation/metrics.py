@@ -11,7 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from hfkd.errors import InputError
 from hfkd.evaluation.cohort import top_k_accuracy
@@ -92,9 +92,33 @@ class MeanAveragePrecision(_InMemoryMetric):
         )
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        scores, targets = np.asarray(predictions), np.asarray(references)
-        present = targets.any(axis=0)
-        if not present.any():
-            raise InputError("Mean average precision: no label has a positive sample; evaluate on labelled images.")
-        precision = average_precision_score(targets[:, present], scores[:, present], average="macro")
+        scores, targets = _with_positives(predictions, references)
+        precision = average_precision_score(targets, scores, average="macro")
         return {"mean_average_precision": float(precision)}
+
+
+class ElevenPointAveragePrecision(MeanAveragePrecision):
+    """Mean over labels of PASCAL VOC 2007's average precision, in [0, 1]: at 11 recalls in place of the whole area.
+
+    At each recall 0, 0.1, ..., 1 counts the highest precision at that recall or above (Everingham et al., IJCV 2010,
+    equation 1). Inputs as for `MeanAveragePrecision`.
+    """
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        scores, targets = _with_positives(predictions, references)
+        values = []
+        for score, target in zip(scores.T, targets.T, strict=True):
+            # The last point is no measurement: precision 1 at recall 0.
+            precision, recall = (curve[:-1] for curve in precision_recall_curve(target, score)[:2])
+            # In tenths: 0.1 * 3 is more than 0.3.
+            values.append(np.mean([precision[recall * 10 >= tenth - 1e-9].max() for tenth in range(11)]))
+        return {"mean_average_precision_11_point": float(np.mean(values))}
+
+
+def _with_positives(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and targets (N, L') of the labels that have a positive sample."""
+    scores, targets = np.asarray(predictions), np.asarray(references)
+    present = targets.any(axis=0)
+    if not present.any():
+        raise InputError("Mean average precision: no label has a positive sample; evaluate on labelled images.")
+    return scores[:, present], targets[:, present]

@@ -27,7 +27,7 @@ RETRY_DELAYS_S = (1.0, 4.0)
 TIMEOUT_S = 60.0
 
 _TEXT_SUFFIXES = (".json", ".py", ".md", ".yaml")
-_PEER_FOLDER = re.compile(r"student_[1-9]\d*")
+_PEER_FOLDER = re.compile(r"student_[1-9]\d*|generator")
 # The manifest covers files that stay at home, and the Trainer's state is of use to a resumed run only.
 _STAY = (MANIFEST_NAME, "trainer_state.json")
 # httpx2 puts header values it cannot send into its error message, so nothing odd may get that far.
@@ -35,6 +35,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9_.~+/=-]+")
 
 # The line of a card's usage snippets that names the model.
 _CARD_REPO = re.compile(r'^repo = ".*"$', re.MULTILINE)
+# Where they load it, with the branch that an earlier push may have named.
+_CARD_LOADS = re.compile(r'((?:model=|from_pretrained\()repo)(?:, revision="[^"]*")?')
 
 T = TypeVar("T")
 
@@ -44,11 +46,13 @@ def card_repo_line(name: str) -> str:
     return f"repo = {json.dumps(name)}"
 
 
-def name_repo_in_card(folder: Path, repo_id: str) -> None:
-    """Let the usage snippets of `folder`'s card load `repo_id`, whatever local folder they loaded before."""
+def name_repo_in_card(folder: Path, repo_id: str, revision: str | None = None) -> None:
+    """Let the usage snippets of `folder`'s card load `repo_id` at `revision`, whatever they loaded before."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8")
+        branch = f", revision={json.dumps(revision)}" if revision else ""
+        text = _CARD_LOADS.sub(lambda found: found.group(1) + branch, text)
         card.write_text(_CARD_REPO.sub(lambda _: card_repo_line(repo_id), text), encoding="utf-8")
 
 
@@ -64,8 +68,8 @@ def is_repo_id(name: str) -> bool:
 def stage(folder: Path | str) -> Path:
     """Copy what the Hub is to get from a saved tree to a new temporary folder, which the caller removes.
 
-    That is, of the root and of `student_1`, `student_2`, ...: the weights (`model*.safetensors`) and all json, py,
-    md, png and yaml files. Optimizer states, pickles, checkpoints and training-only modules stay where they are.
+    That is, of the root, of `student_1`, `student_2`, ... and of `generator`: the weights (`model*.safetensors`) and
+    all json, py, md, png and yaml files. Optimizer states, pickles, checkpoints and training-only modules stay.
 
     Raises:
         InputError: `folder` holds no saved model.
@@ -168,19 +172,19 @@ def push_folder(
     api = _client(token, endpoint)
     future: Future[CommitInfo] = Future()
     try:
-        staged = _prepare(folder, repo_id, str(api.token))
+        staged = _prepare(folder, repo_id, revision, str(api.token))
     except (OSError, RunError) as error:
-        future.set_exception(_failure(error, folder, repo_id, api))
+        future.set_exception(_failure(error, folder, repo_id, revision, api))
     else:
         # Also when the caller waits: the queue keeps this push behind those under way.
         future = huggingface_hub.run_as_future(_push, api, staged, folder, repo_id, commit_message, private, revision)
     return future if run_as_future else future.result()
 
 
-def _prepare(folder: Path | str, repo_id: str, token: str) -> Path:
+def _prepare(folder: Path | str, repo_id: str, revision: str | None, token: str) -> Path:
     staged = stage(folder)
     try:
-        name_repo_in_card(staged, repo_id)
+        name_repo_in_card(staged, repo_id, revision)
         _refuse_secret(staged, token)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
@@ -200,19 +204,21 @@ def _push(
     try:
         return _with_retries(lambda: _commit(api, staged, repo_id, message, private, revision))
     except Exception as error:
-        raise _failure(error, folder, repo_id, api) from error
+        raise _failure(error, folder, repo_id, revision, api) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _failure(error: Exception, folder: Path | str, repo_id: str, api: HfApi) -> RunError:
+def _failure(error: Exception, folder: Path | str, repo_id: str, revision: str | None, api: HfApi) -> RunError:
     cause = str(error) if isinstance(error, RunError) else explain(error, repo_id, api.endpoint)
-    return push_failure(cause, folder, repo_id)
+    return push_failure(cause, folder, repo_id, revision)
 
 
-def push_failure(cause: str, folder: Path | str, repo_id: str) -> RunError:
+def push_failure(cause: str, folder: Path | str, repo_id: str, revision: str | None = None) -> RunError:
     """The error of a push that failed for `cause`, with the line that repeats it."""
     again = f"hfkd push {shlex.quote(str(folder))} {shlex.quote(repo_id)}"
+    if revision is not None:
+        again += f" --revision {shlex.quote(revision)}"
     return RunError(f"push to {repo_id} failed: {cause}; all files are kept, to repeat: {again}")
 
 

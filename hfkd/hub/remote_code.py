@@ -18,28 +18,36 @@ from transformers import PreTrainedModel
 from hfkd.errors import InputError
 
 
+def cohort_folders(count: int) -> list[str]:
+    """Where the students of a cohort lie: the first at the root, its peers in student_1, student_2, ..."""
+    return ["", *(f"student_{index}" for index in range(1, count))]
+
+
 def student_folder(folder: Path | str, index: int) -> Path:
-    """Where student `index` of a cohort lies: the first at the root, its peers in student_1, student_2, ..."""
-    return Path(folder) if index == 0 else Path(folder) / f"student_{index}"
+    """Where student `index` of a cohort lies."""
+    return Path(folder) / cohort_folders(index + 1)[index]
 
 
-def write_code(models: Sequence[PreTrainedModel], folder: Path | str) -> list[Path]:
-    """Copy the code of all custom models of a saved cohort to the root of `folder` and beside each one's config.
+def write_code(
+    models: Sequence[PreTrainedModel], folder: Path | str, subfolders: Sequence[str] | None = None
+) -> list[Path]:
+    """Copy the code of all custom models saved in `folder` to its root and beside each one's config.
 
-    `models` are in cohort order, and already saved there. Stock transformers models have no code to copy. Returns the
-    files written.
+    `models` are already saved in `subfolders`, by default those of a cohort. Stock transformers models have no
+    code to copy. Returns the files written.
 
     Raises:
         InputError: two models bring different files of one name, or a config names code that no model brought.
     """
     from hfkd.models import code_files
 
+    root = Path(folder)
     written: list[Path] = []
-    for index, model in enumerate(models):
+    for subfolder, model in zip(subfolders or cohort_folders(len(models)), models, strict=True):
         sources = code_files(model)
-        for place in dict.fromkeys((Path(folder), student_folder(folder, index))):
+        for place in dict.fromkeys((root, root / subfolder)):
             written += [_copy(source, place / source.name, written) for source in sources]
-        _check_auto_map(student_folder(folder, index), Path(folder))
+        _check_auto_map(root / subfolder, root)
     return list(dict.fromkeys(written))
 
 

@@ -7,6 +7,7 @@ from .configuration_bigan_encoder import HfkdBiganEncoderConfig
 from .configuration_bigan_generator import HfkdBiganGeneratorConfig
 from .configuration_gradient_features import HfkdGradientFeaturesConfig
 from .configuration_resnet import HfkdResNetConfig
+from .configuration_vae_encoder import HfkdVaeEncoderConfig
 from .configuration_wide_resnet import HfkdWideResNetConfig
 from .custom_code import code_files
 from .generator import GeneratorOutput, GeneratorPreTrainedModel
@@ -15,8 +16,9 @@ from .modeling_bigan_encoder import HfkdBiganEncoderForImageClassification, Hfkd
 from .modeling_bigan_generator import HfkdBiganGeneratorModel
 from .modeling_gradient_features import HfkdGradientFeaturesForImageClassification, HfkdGradientFeaturesModel
 from .modeling_resnet import HfkdResNetForImageClassification, HfkdResNetModel
+from .modeling_vae_encoder import HfkdVaeEncoderForImageClassification, HfkdVaeEncoderModel
 from .modeling_wide_resnet import HfkdWideResNetForImageClassification, HfkdWideResNetModel
-from .presets import STUDENT_PRESETS, StudentPreset, build_student
+from .presets import STUDENT_PRESETS, StudentPreset, build_student, load_base
 from .processing import build_image_processor
 
 
@@ -37,6 +39,9 @@ __all__ = [
     "HfkdResNetConfig",
     "HfkdResNetForImageClassification",
     "HfkdResNetModel",
+    "HfkdVaeEncoderConfig",
+    "HfkdVaeEncoderForImageClassification",
+    "HfkdVaeEncoderModel",
     "HfkdWideResNetConfig",
     "HfkdWideResNetForImageClassification",
     "HfkdWideResNetModel",
@@ -45,6 +50,7 @@ __all__ = [
     "build_image_processor",
     "build_student",
     "code_files",
+    "load_base",
 ]
 
 for _backbone, _classifier in (
@@ -52,6 +58,7 @@ for _backbone, _classifier in (
     (HfkdResNetModel, HfkdResNetForImageClassification),
     (HfkdWideResNetModel, HfkdWideResNetForImageClassification),
     (HfkdBiganEncoderModel, HfkdBiganEncoderForImageClassification),
+    (HfkdVaeEncoderModel, HfkdVaeEncoderForImageClassification),
 ):
     _config = _backbone.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -26,7 +26,9 @@ from .configuration_gradient_features import HfkdGradientFeaturesConfig
 from .linearization import WeightTree, ntk_scale, remove_folded_norms, take_classifier_away
 from .modeling_bigan_encoder import HfkdBiganEncoderForImageClassification
 from .modeling_resnet import HfkdResNetForImageClassification
+from .modeling_vae_encoder import HfkdVaeEncoderForImageClassification
 from .modeling_wide_resnet import HfkdWideResNetForImageClassification
+from .tangents import FastLayers
 
 
 OWN_BASE_CLASSES = {
@@ -34,6 +36,7 @@ OWN_BASE_CLASSES = {
     for model in (
         HfkdBiganEncoderForImageClassification,
         HfkdResNetForImageClassification,
+        HfkdVaeEncoderForImageClassification,
         HfkdWideResNetForImageClassification,
     )
 }
@@ -162,15 +165,18 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
             raise ValueError(
                 "the base network is in training mode, where dropout and batch statistics change f: call .eval() on it"
             )
-        if self.gradient_weights is None:
+        if self.config.mode == "finetune":
             return GradientFeaturesOutput(pooler_output=self.features(pixel_values))
-        # Fused attention has no forward-mode derivative; the math backend has.
-        with sdpa_kernel(SDPBackend.MATH):
-            primal, tangent = jvp(
-                lambda theta2: self.features_at(theta2, pixel_values), (self.theta2(),), (self.direction(),)
-            )
-        if self.gradient_base is not None and self.config.mode == "full":
-            primal = self.features(pixel_values)
+        with FastLayers():
+            if self.gradient_weights is None:
+                return GradientFeaturesOutput(pooler_output=self.features(pixel_values))
+            # Fused attention has no forward-mode derivative; the math backend has.
+            with sdpa_kernel(SDPBackend.MATH):
+                primal, tangent = jvp(
+                    lambda theta2: self.features_at(theta2, pixel_values), (self.theta2(),), (self.direction(),)
+                )
+            if self.gradient_base is not None and self.config.mode == "full":
+                primal = self.features(pixel_values)
         return GradientFeaturesOutput(pooler_output=primal, tangent=tangent)
 
 

@@ -17,7 +17,9 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfkd.errors import InputError
+from hfkd.models.modeling_bigan_encoder import HfkdBiganEncoderForImageClassification
 from hfkd.models.modeling_resnet import HfkdResNetForImageClassification
+from hfkd.models.modeling_vae_encoder import HfkdVaeEncoderForImageClassification
 from hfkd.models.modeling_wide_resnet import HfkdWideResNetForImageClassification
 from hfkd.models.probing import image_errors, one_line, probe_pixels, undisturbed
 
@@ -52,6 +54,18 @@ def _wide_resnet(depth: int, widen_factor: int) -> StudentPreset:
     return StudentPreset(HfkdWideResNetForImageClassification, {"depth": depth, "widen_factor": widen_factor})
 
 
+# ALI's and ACAI's for 32x32 pixels, and small ones of the same make for 8x8.
+_ENCODERS = {
+    "bigan_encoder": StudentPreset(HfkdBiganEncoderForImageClassification),
+    "bigan_encoder_svhn": StudentPreset(HfkdBiganEncoderForImageClassification, {"negative_slope": 0.01}),
+    "bigan_encoder_8px": StudentPreset(
+        HfkdBiganEncoderForImageClassification,
+        {"hidden_sizes": [32, 64, 128], "kernel_sizes": [3, 4, 2], "strides": [1, 2, 1]},
+    ),
+    "vae_encoder": StudentPreset(HfkdVaeEncoderForImageClassification),
+    "vae_encoder_8px": StudentPreset(HfkdVaeEncoderForImageClassification, {"depth": 32, "scales": 1}),
+}
+
 STUDENT_PRESETS: dict[str, StudentPreset] = {
     **{f"resnet{depth}": _cifar_resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet18_cifar": _imagenet_resnet([2, 2, 2, 2], stem="cifar"),
@@ -62,6 +76,7 @@ STUDENT_PRESETS: dict[str, StudentPreset] = {
         f"wrn_{depth}_{widen_factor}": _wide_resnet(depth, widen_factor)
         for depth, widen_factor in ((10, 2), (16, 2), (16, 4), (28, 2), (28, 4), (40, 2))
     },
+    **_ENCODERS,
 }
 
 
@@ -130,17 +145,49 @@ def _load(name_or_path: str, *, trust_remote_code: bool, revision: str | None, *
         raise InputError(f"student {name_or_path!r} cannot be loaded: {one_line(error)}") from error
 
 
-def _check_name(name_or_path: str) -> None:
+def load_base(name_or_path: str) -> PreTrainedModel:
+    """A trained network of transformers or of this package, from a folder or the Hub, in float32, to build upon.
+
+    It comes with the classifier that it was trained with; one that was saved without, such as an encoder, gets a fresh
+    one.
+
+    Raises:
+        InputError: the checkpoint is missing, lacks weights, has no classifier class, or is third-party remote code.
+    """
+    _check_name(name_or_path, "base")
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        kind = content.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            raise InputError(
+                f"base {name_or_path!r} (type {kind!r}) is third-party remote code, which a saved model cannot carry "
+                "along: use a network of transformers or of hfkd"
+            )
+        _check_is_image_classifier(name_or_path, AutoConfig.from_pretrained(name_or_path), "base")
+        base, info = AutoModelForImageClassification.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"base {name_or_path!r} cannot be loaded: {one_line(error)}") from error
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(f"{base.base_model_prefix}."))
+    if missing:
+        raise InputError(f"base {name_or_path!r} lacks weights: {', '.join(missing[:3])}: give a whole checkpoint")
+    return base
+
+
+def _check_name(name_or_path: str, role: str = "student") -> None:
     """A name that is no preset, no folder and no `user/name` is refused before the Hub is asked."""
     path = Path(name_or_path)
     if path.is_dir():
         return
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise InputError(f"student {name_or_path!r}: there is no such folder; give a folder with config.json in it")
+        raise InputError(f"{role} {name_or_path!r}: there is no such folder; give a folder with config.json in it")
     if "/" not in name_or_path:
         near = ", ".join(difflib.get_close_matches(name_or_path, STUDENT_PRESETS, n=3, cutoff=0.0))
         raise InputError(
-            f"student {name_or_path!r} is no preset (nearest: {near}) and no folder; a Hub id has the form user/name"
+            f"{role} {name_or_path!r} is no preset (nearest: {near}) and no folder; a Hub id has the form user/name"
         )
 
 
@@ -155,10 +202,10 @@ def _check_remote_code(name_or_path: str, *, trust_remote_code: bool, revision: 
         )
 
 
-def _check_is_image_classifier(name_or_path: str, config: PreTrainedConfig) -> None:
+def _check_is_image_classifier(name_or_path: str, config: PreTrainedConfig, role: str = "student") -> None:
     own_code = "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and not own_code:
         raise InputError(
-            f"student {name_or_path!r} is of type {config.model_type!r}, which has no image classifier: "
+            f"{role} {name_or_path!r} is of type {config.model_type!r}, which has no image classifier: "
             "give a checkpoint that AutoModelForImageClassification loads"
         )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hfkd.data import Augmentation, Preprocessing, ResizedCrop, keyed_uniform
+from hfkd.data import Augmentation, Preprocessing, ResizedCrop, SquareCrop, keyed_uniform
 from hfkd.errors import InputError
 
 
@@ -120,6 +120,17 @@ def test_resized_crop_falls_back_to_the_centre_of_extreme_shapes() -> None:
     augmentation = Augmentation(resized_crop=ResizedCrop(scale=(1.0, 1.0)))
     assert augmentation.box(300, 30, 0, 0, 0, 0) == (130, 0, 170, 30)
     assert Augmentation().box(300, 30, 0, 0, 0, 0) is None
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (8, 8)])
+def test_square_crops_lie_anywhere_in_the_image(width: int, height: int) -> None:
+    cut = Augmentation(resized_crop=SquareCrop(0.75))
+    boxes = [cut.box(width, height, seed=0, epoch=0, index=index, view=0) for index in range(400)]
+    lefts, tops, rights, bottoms = (set(edge) for edge in zip(*boxes, strict=True))
+    side = round(0.75 * min(width, height))
+    assert all((right - left, bottom - top) == (side, side) for left, top, right, bottom in boxes)
+    assert min(lefts) < 0.02 * width and max(rights) > 0.98 * width
+    assert min(tops) < 0.02 * height and max(bottoms) > 0.98 * height
 
 
 def test_batched_is_ten_times_as_fast_as_per_sample_pillow() -> None:

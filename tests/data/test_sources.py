@@ -138,6 +138,14 @@ def test_two_views(source: ImageSource) -> None:
     assert torch.equal(single["pixel_values"], batch["pixel_values"])
 
 
+def test_more_views_change_none_of_the_first(source: ImageSource) -> None:
+    two, four = (by_index(batches(source.variant(views=views), 0)) for views in (2, 4))
+    assert four.keys() - two.keys() == {"pixel_values_3", "pixel_values_4"}
+    assert all(torch.equal(four[name], value) for name, value in two.items())
+    views = [four[name] for name in ("pixel_values", "pixel_values_2", "pixel_values_3", "pixel_values_4")]
+    assert not any(torch.equal(views[i], views[j]) for i in range(4) for j in range(i))
+
+
 def test_two_views_without_labels() -> None:
     dataset = photographs(6)
     columns = find_columns(dataset.features, require_labels=False)
@@ -231,8 +239,8 @@ def test_variant_shares_pixels_and_refuses_another_size(resident: ResidentImages
     assert resident.augmentation == CROP
     with pytest.raises(ValueError, match=r"\(8, 1\) and cannot become \(9, 1\)"):
         resident.variant(preprocessing=Preprocessing(9, 1))
-    with pytest.raises(InputError, match="views 3"):
-        resident.variant(views=3)
+    with pytest.raises(InputError, match="views 0"):
+        resident.variant(views=0)
     with pytest.raises(InputError, match="use StreamedImages"):
         resident.variant(augmentation=PART)
 

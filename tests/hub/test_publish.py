@@ -79,6 +79,30 @@ def test_a_push_to_a_branch_leaves_main_alone(hub: LoopbackHub, saved: Path) -> 
     assert set(hub.files(REPO)) == {".gitattributes"}
 
 
+CARD = """---
+license: mit
+---
+repo = "runs"
+classify = pipeline("image-classification", model=repo, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(repo, revision="old", trust_remote_code=True)
+"""
+
+
+def test_the_card_loads_what_was_pushed(hub: LoopbackHub, saved: Path) -> None:
+    (saved / "README.md").write_text(CARD)
+    push(hub, saved, revision="step-4")
+    branch = hub.files(REPO, "step-4")["README.md"].decode()
+    assert branch.count('revision="step-4"') == 2 and f'repo = "{REPO}"' in branch and "old" not in branch
+    push(hub, saved)
+    assert "revision" not in hub.files(REPO)["README.md"].decode()
+
+
+def test_a_failed_push_to_a_branch_says_how_to_repeat_it(hub: LoopbackHub, saved: Path) -> None:
+    (saved / "README.md").write_text(f"my token is {hub.token}")
+    with pytest.raises(RunError, match=f"to repeat: hfkd push .* {REPO} --revision step-4$"):
+        push(hub, saved, revision="step-4")
+
+
 def test_background_pushes_keep_their_order_and_take_the_folder_as_it_was(hub: LoopbackHub, saved: Path) -> None:
     options = {"token": hub.token, "endpoint": hub.endpoint, "run_as_future": True}
     first = push_folder(saved, REPO, commit_message="first", **options)

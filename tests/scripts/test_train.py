@@ -59,6 +59,23 @@ def test_run_file_repeats_the_run_to_the_bit(finished, tmp_path, capsys):
         assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_only_a_run_of_the_same_options_may_replace_a_finished_one(tmp_path, capsys):
+    """Without checkpoints, students are all that is left of a run."""
+    folder = tmp_path / "run"
+    argv = ["train", "online-adversarial", *FAST, "--save_strategy", "no", "--output_dir", folder]
+    assert hfkd(capsys, *argv)[0] == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, _, error = hfkd(capsys, *argv, "--seed", "4")
+    assert code == 2
+    assert f"output_dir={folder} holds the students of another run" in error
+    assert error.endswith("choose another folder, or move them away")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    code = main([str(part) for part in argv])
+    assert code == 0
+    assert f"hfkd: note: this run replaces its own earlier result in {folder}\n" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == before[folder / "model.safetensors"]
+
+
 def test_resume_goes_on_to_the_same_bits(finished, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished / "checkpoint-2", folder / "checkpoint-2")
@@ -110,9 +127,10 @@ def test_probes_of_frozen_features(finished, tmp_path, capsys, protocol, setting
 
 
 def test_a_study_through_the_command(tmp_path, capsys):
-    """Two real runs in processes of their own."""
+    """Two real runs in processes of their own; then one of them once more, as if killed before its results."""
     file = tmp_path / "tiny.yaml"
     settings = {"max_steps": 2, "max_train_samples": 32, "per_device_train_batch_size": 16, "eval_strategy": "no"}
+    settings["save_strategy"] = "no"
     file.write_text(
         yaml.safe_dump(
             {
@@ -132,6 +150,15 @@ def test_a_study_through_the_command(tmp_path, capsys):
     }
     assert "| afd | 1 |" in out
     assert (tmp_path / "out" / "figure.png").is_file()
+    (tmp_path / "out" / "results.csv").unlink()
+    (tmp_path / "out" / "runs" / "afd" / "seed_0" / "test_results.json").unlink()
+    code, _, error = hfkd(capsys, "study", file, "--output_dir", tmp_path / "out")
+    assert code == 0, error
+
+    def values(rows):
+        return [(row["arm"], row["metric"], row["value"]) for row in rows]
+
+    assert values(read_csv(tmp_path / "out" / "results.csv", COLUMNS)) == values(rows)
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,8 @@ class SignalOneRank(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def rank_run(rank, world, port, output_dir, results, settings):
-    """Trains; rank r writes its final parameters and its last log to `results`/r.pt."""
-    settings = dict(settings)
-    options = {
-        name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil", "unseeded", "signal_at")
-    }
+def become_rank(rank, world, port):
+    """Say in the environment, as torchrun does, which of `world` ranks this process is."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -36,6 +32,15 @@ def rank_run(rank, world, port, output_dir, results, settings):
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
     torch.set_num_threads(1)
+
+
+def rank_run(rank, world, port, output_dir, results, settings):
+    """Trains; rank r writes its final parameters and its last log to `results`/r.pt."""
+    settings = dict(settings)
+    options = {
+        name: settings.pop(name, None) for name in ("norm", "dtype", "resume", "spoil", "unseeded", "signal_at")
+    }
+    become_rank(rank, world, port)
     dtype = getattr(torch, options["dtype"] or "float32")
     first = 10 * rank if options["unseeded"] else 0
     students = [tiny_resnet(first + s, norm=options["norm"] or "batch", dtype=dtype) for s in range(2)]

@@ -24,6 +24,20 @@ def drop_pixels(module, args, kwargs):
     return (nn.functional.dropout(pixels, 0.1, module.training), *args), kwargs
 
 
+def record_batches(trainer):
+    """The hashes of each step's batches, filled while the trainer trains."""
+    seen = {}
+    step = trainer.method_step
+
+    def watched(batch, share, last):
+        content = batch["pixel_values"].contiguous().numpy().tobytes() + batch["index"].numpy().tobytes()
+        seen.setdefault(trainer.state.global_step + 1, []).append(hashlib.sha256(content).hexdigest())
+        return step(batch, share, last)
+
+    trainer.method_step = watched
+    return seen
+
+
 def run(output_dir, resume=None, workers=0, kill_in_save_of_step=None, **config):
     """Train to step 12 with a checkpoint after each step; writes the hash of each step's batch beside them."""
     torch.set_num_threads(1)
@@ -52,15 +66,7 @@ def run(output_dir, resume=None, workers=0, kill_in_save_of_step=None, **config)
         train_dataset=sources.train,
         eval_dataset=sources.test,
     )
-    seen = {}
-    step = trainer.method_step
-
-    def watched(batch, share, last):
-        content = batch["pixel_values"].contiguous().numpy().tobytes() + batch["index"].numpy().tobytes()
-        seen.setdefault(trainer.state.global_step + 1, []).append(hashlib.sha256(content).hexdigest())
-        return step(batch, share, last)
-
-    trainer.method_step = watched
+    seen = record_batches(trainer)
     if kill_in_save_of_step is not None:
         write = checkpointing.write_state
 

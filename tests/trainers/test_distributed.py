@@ -21,12 +21,12 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(world, output_dir, results, **settings):
+def launch(world, output_dir, results, target=rank_run, **settings):
     """Run `world` ranks to the end; what each of them wrote."""
     results.mkdir()
     port = free_port()
     ranks = [
-        processes.Process(target=rank_run, args=(rank, world, port, output_dir, results, settings))
+        processes.Process(target=target, args=(rank, world, port, output_dir, results, settings))
         for rank in range(world)
     ]
     for process in ranks:
@@ -83,12 +83,14 @@ def test_drifting_ranks_are_stopped(tmp_path):
         assert "the ranks' parameters differ" in outcome["error"]
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path):
-    settings = {"per_device_train_batch_size": 25, "save_strategy": "steps", "save_steps": 100, "signal_at": 2}
-    outcomes = launch(2, tmp_path / "run", tmp_path / "results", **settings)
+# Four steps are an epoch, at whose end all ranks wait for each other, as they do after the last step.
+@pytest.mark.parametrize(("within", "stopped"), [(1, 2), (4, 4), (6, 6)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, within, stopped):
+    settings = {"per_device_train_batch_size": 25, "save_strategy": "steps", "save_steps": 100}
+    outcomes = launch(2, tmp_path / "run", tmp_path / "results", **settings, signal_at=within - 1)
     for outcome in outcomes:
-        assert "stopped by SIGTERM; resume with" in outcome["error"] and "checkpoint-3" in outcome["error"]
-    assert newest_valid_checkpoint(tmp_path / "run").name == "checkpoint-3"
+        assert "stopped by SIGTERM; resume with" in outcome["error"] and f"checkpoint-{stopped}" in outcome["error"]
+    assert newest_valid_checkpoint(tmp_path / "run").name == f"checkpoint-{stopped}"
 
 
 def test_ranks_start_alike_and_measure_what_a_save_would_hold(tmp_path):

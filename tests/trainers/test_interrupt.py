@@ -5,11 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from interrupted_run import KEYBOARD_INTERRUPT, interrupted_run
 from processes import differences, in_a_process
 from resume_run import STEPS
+from transformers import TrainerControl
 
 from hfkd.hub.manifest import verify_manifest
+from hfkd.trainers import interrupt as interrupt_module
 from hfkd.trainers.checkpointing import newest_valid_checkpoint
 
 
@@ -75,3 +78,35 @@ def test_a_second_signal_is_obeyed_at_once(tmp_path, signum, again, exit_code):
     interrupt(tmp_path, signum, exit_code, step=6, again=again, save_steps=4)
     assert not (tmp_path / "checkpoint-6").exists() and not (tmp_path / "stopped.txt").exists()
     assert newest_valid_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_a_step_waits_for_no_answer_but_that_of_the_step_before(monkeypatch):
+    """What two ranks send each other, seen from one: the other's signal comes with the second answer."""
+    questions = []
+
+    class Question:
+        def __init__(self, sent):
+            self.sent, self.read = sent, False
+
+        def wait(self):
+            self.read = True
+            self.sent.fill_(signal.SIGTERM if self is questions[1] else 0)
+
+    def all_reduce(sent, operation, group, async_op):
+        assert async_op and group == "gloo" and operation == torch.distributed.ReduceOp.MAX
+        questions.append(Question(sent))
+        return questions[-1]
+
+    monkeypatch.setattr(interrupt_module, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    callback, control = interrupt_module.StopOnSignal(), TrainerControl()
+    callback.on_train_begin(None, None, control)
+    try:
+        for read, stopped in (([False], False), ([True, False], False), ([True, True, False], True)):
+            callback.on_step_end(None, None, control)
+            assert [question.read for question in questions] == read
+            assert control.should_training_stop == control.should_save == stopped
+    finally:
+        callback.restore()
+    assert callback.stopped == signal.SIGTERM

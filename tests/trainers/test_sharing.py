@@ -90,6 +90,7 @@ def shared(tmp_path_factory):
 
         branch = make_shared(base / "branch", hub, hub_model_id="lab/branch", hub_revision="trial", max_steps=2)
         branch.train()
+        branch.push_to_hub(revision="release")
 
         view = StrangersView()
         for k, where in STUDENTS.items():
@@ -97,11 +98,16 @@ def shared(tmp_path_factory):
             view.load(f"last {k}", REPO, **where)
         view.load("private 0", "tester/late")
         view.load("branch 0", "lab/branch", revision="trial")
-        card = hub.files(REPO)["README.md"].decode()
-        view.run_snippets("card", re.findall(r"```python\n(.*?)```", card, re.DOTALL))
+        view.run_snippets("card", snippets(hub.files(REPO)))
+        for name in ("trial", "release"):
+            view.run_snippets(f"{name} card", snippets(hub.files("lab/branch", name)))
         (base / "stranger").mkdir()
         found = view.look(hub.environment(), base / "stranger")
         yield SimpleNamespace(**locals())
+
+
+def snippets(files):
+    return re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)
 
 
 def assert_loads(shared, name, networks):
@@ -151,10 +157,12 @@ def test_the_last_card_has_what_was_measured(shared):
     assert entry["name"] == "cohort" and str(shared.base) not in text
 
 
-def test_the_cards_code_runs_from_the_hub(shared):
-    found, image = shared.found["card"], write_image(shared.base)
+@pytest.mark.parametrize(("card", "run"), [("card", "every"), ("trial card", "branch"), ("release card", "branch")])
+def test_the_cards_code_runs_from_the_hub(shared, card, run):
+    """Also where the run was pushed to a branch, and main holds nothing."""
+    found, image = shared.found[card], write_image(shared.base)
     assert "failed" not in found, found["failed"]
-    first, second = (expected(student, image)["scores"] for student in shared.every.model.students[:2])
+    first, second = (expected(student, image)["scores"] for student in getattr(shared, run).model.students[:2])
     assert found["classify"] == pytest.approx(first, rel=1e-4) and found["peer"] == pytest.approx(second, rel=1e-4)
 
 
@@ -186,6 +194,10 @@ def test_the_strategy_end_pushes_once_and_to_a_private_repo(shared):
 
 def test_a_revision_is_pushed_to_its_branch(shared):
     assert set(shared.hub.files("lab/branch")) == {".gitattributes"}
+    for name in ("trial", "release"):
+        code = "".join(snippets(shared.hub.files("lab/branch", name)))
+        assert code.count(f'repo, revision="{name}"') == code.count("repo,") == 4
+    assert "revision" not in "".join(snippets(shared.hub.files(REPO)))
     assert_loads(shared, "branch", shared.branch.model.students[:1])
 
 

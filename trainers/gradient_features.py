@@ -1,0 +1,325 @@
+"""Gradients as features (Mu, Liang, Li; ICLR 2020, arXiv 2004.05529): a linear classifier on a fixed network.
+
+The paper's symbols: f(x) the features of the base network, J(x) their Jacobian by its top layers theta_2, omega a
+classifier of the target task on f, and the classifier that is trained g(x) = w1^T f(x) + b1 + omega^T J(x) w2.
+
+Its three steps (section 3.1): the base is given; omega is fitted by logistic regression on the features of the
+training images; w1 starts at omega, w2 at zero, and both are trained by the loss of g.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hfkd.data import Augmentation, ImageSource, SquareCrop, StreamedImages, view_name
+from hfkd.errors import InputError
+from hfkd.evaluation.classifier import classifier_metrics
+from hfkd.evaluation.crops import mean_prediction
+from hfkd.evaluation.logistic_regression import fit_logistic_regression
+from hfkd.losses.gradient_features import classification_loss
+
+from .base import DistillationTrainer
+from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision
+from .config import DistillationConfig, check_range
+from .distributed import broadcast_state, share_failure
+from .feature_maps import full_precision
+from .images import preprocessing_of
+from .networks import TrainingNetworks
+from .optimizers import build_main_optimizer, build_main_schedule
+
+
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+
+_CODE: Mapping[str, Any] = {
+    "optim": "sgd",
+    "momentum": 0.9,
+    "learning_rate": 0.1,
+    "weight_decay": 5e-5,
+    "per_device_train_batch_size": 128,
+    "max_grad_norm": 10.0,
+    "max_steps": 50_000,
+    "lr_milestones": [0.2, 0.4, 0.6, 0.8],
+}
+# By mode, what the authors' code sets where the paper (the defaults) says otherwise. Its rates are for raw weights.
+CODE_PRESET: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "full": _CODE,
+        "gradient": _CODE,
+        "activation": {
+            **_CODE,
+            "learning_rate": 1e-2,
+            "weight_decay": 1e-6,
+            "max_steps": 80_000,
+            "lr_milestones": [0.25, 0.5, 0.75],
+        },
+        "finetune": {**_CODE, "learning_rate": 1e-3, "omega": "given"},
+    }
+)
+
+
+@dataclass
+class GradientFeaturesConfig(DistillationConfig):
+    """Settings of gradient features. The defaults are the paper's (camera-ready); `CODE_PRESET` has those of its code.
+
+    What is trained is the model's, set when it is built: `mode` (activation, gradient, full or finetune), theta_2,
+    and the NTK scales of the raw weights that `learning_rate` and `weight_decay` act on.
+    """
+
+    num_train_epochs: float = field(
+        default=100.0, metadata={"help": "Epochs (paper: 80,000 updates, 102.4 epochs of CIFAR; VOC and COCO 50)."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device (paper: 64)."})
+    optim: str = field(default="adam", metadata={"help": "sgd, adam (paper; weight decay coupled) or adamw_torch."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of the raw weights (paper: 1e-3)."})
+    weight_decay: float = field(default=1e-6, metadata={"help": "Of the raw weights (paper: 1e-6)."})
+    adam_beta1: float = field(default=0.5, metadata={"help": "Of Adam (paper: 0.5)."})
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75],
+        metadata={"help": "Fractions of the run at which the rate falls (paper: every 20,000 of 80,000 updates)."},
+    )
+    lr_gamma: float = field(default=0.5, metadata={"help": "Factor at each milestone (paper: 0.5)."})
+
+    omega: Literal["fitted", "random", "given"] = field(
+        default="fitted",
+        metadata={
+            "help": "fitted: logistic regression before the first step (paper); random: the same for w1, and random "
+            "numbers for the gradients (the paper's ablation); given: the model is trained as it comes."
+        },
+    )
+    omega_weight_decay: float = field(
+        default=1e-6, metadata={"help": "Of that logistic regression, > 0, as weight_decay (paper: 1e-6)."}
+    )
+    evaluation_crops: int = field(
+        default=1,
+        metadata={
+            "help": "Random crops of each image whose mean prediction is evaluated (paper: 10 on VOC and COCO); 1: "
+            "the image as it is."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("evaluation_crops", self.evaluation_crops, 1)
+        if not self.omega_weight_decay > 0:
+            raise InputError(f"omega_weight_decay={self.omega_weight_decay} is out of range: it must be above 0")
+        if self.omega == "given":
+            self.refuse_changed(("omega_weight_decay",), "omega=given")
+
+
+class GradientFeaturesTrainer(DistillationTrainer):
+    """Fits omega, then trains w1 and w2 (or what else the model's mode trains).
+
+    A run that is resumed does not fit again: omega is part of the model. Evaluation gives `loss`, `accuracy` and
+    `top5_accuracy`, or for several labels per image `mean_average_precision` (area) and VOC 2007's
+    `mean_average_precision_11_point`.
+
+    Args:
+        model: from `hfkd.build_gradient_features`, for the classes of the data. Its configuration's `problem_type` is
+            set to that of the data where it is not set.
+        args: the settings.
+        train_dataset, eval_dataset, processing_class, augmentation, callbacks, dataset_name: as in
+            `DistillationTrainer`. Omega is fitted to the training images without augmentation.
+
+    Raises:
+        InputError: another kind of model, labels of another kind than `problem_type`, or of other classes.
+    """
+
+    _name = "Gradients as features"
+    _paper: ClassVar = {
+        "title": "Gradients as Features for Deep Representation Learning",
+        "id": "2004.05529",
+        "citation": (
+            "@inproceedings{mu2020gradfeat,\n"
+            "  title     = {Gradients as Features for Deep Representation Learning},\n"
+            "  author    = {Mu, Fangzhou and Liang, Yingyu and Li, Yin},\n"
+            "  booktitle = {International Conference on Learning Representations},\n"
+            "  year      = {2020}\n"
+            "}"
+        ),
+    }
+    _tag_names: ClassVar = ["hfkd", "gradient-features", "transfer-learning", "linear-classifier"]
+    _template_file = "gradient_features.md"
+
+    args: GradientFeaturesConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: GradientFeaturesConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        augmentation: Augmentation | None = None,
+        callbacks: Sequence[Any] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        args = args or GradientFeaturesConfig()
+        _check_model(model, args)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_labels(name, dataset, model.config.num_labels, several_labels=True)
+            _check_problem_type(model, name, dataset)
+        common_precision([model])
+        check_images([model], None, preprocessing_of(train_dataset, processing_class, model.config))
+        networks = TrainingNetworks([model])
+        self.args = args  # Trainer sets it too, but the evaluation images are cut before
+        check_batches(train_dataset, args, [], networks.training_only)  # batch norm is folded or in evaluation mode
+        super().__init__(
+            networks,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            augmentation=augmentation,
+            callbacks=callbacks,
+            dataset_name=dataset_name,
+        )
+
+    # -- omega -------------------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        if resume_from_checkpoint is None and self.args.omega != "given":
+            self.fit_omega()  # on rank 0; the base class gives every rank what that one has
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def fit_omega(self) -> None:
+        """Step 2: logistic regression on the features of the training images; w1 starts there, and w2 at zero."""
+        broadcast_state(self.model)  # all ranks see the training images through one base
+        features, labels = self._training_features()
+        failure = None
+        if self.is_world_process_zero():
+            model: Any = self.model.students[0]
+            try:
+                weight, bias = fit_logistic_regression(
+                    features, labels, model.config.num_labels, self.args.omega_weight_decay
+                )
+            except InputError as error:
+                failure = str(error)
+            else:
+                model.start_from(weight, bias)
+                if self.args.omega == "random":
+                    _randomise_omega(model, self.args.seed)
+                fit = self.evaluation_metrics({"logits": features.double() @ weight.T + bias}, labels)
+                self.log({f"omega_{name}": value for name, value in fit.items()})
+        share_failure(failure, InputError)
+
+    def _training_features(self) -> tuple[Tensor, Tensor]:
+        """f(x) (N, d) of the training images, not augmented, and their labels, on the CPU of every rank."""
+        source = super()._eval_source(self.train_dataset, "train")
+        loader = self._loader(source, self.args.eval_batch_size, train=False)
+        self.model.eval()
+        backbone: Any = self.model.students[0].base_model
+        features, labels = [], []
+        bar = tqdm(loader, desc="Features for omega", unit="batch", delay=2, disable=self.args.disable_tqdm)
+        with torch.no_grad():
+            for inputs in bar:
+                batch = self._materialise(source, inputs)
+                with self.autocast():
+                    feature = full_precision(backbone.features(batch["pixel_values"]))
+                gathered = self.accelerator.gather_for_metrics((feature, batch["labels"]))
+                features.append(gathered[0].cpu())
+                labels.append(gathered[1].cpu())
+        return torch.cat(features), torch.cat(labels)
+
+    # -- optimizers --------------------------------------------------------------------------------------------------
+
+    def build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One, over w1, b1 and w2; in `finetune` over w1, b1 and theta_2."""
+        parameters = [p for p in self.model.students[0].parameters() if p.requires_grad]
+        return {"student": build_main_optimizer(parameters, self.args)}
+
+    def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
+        return {"student": build_main_schedule(optimizers["student"], self.args, max_steps)}
+
+    # -- one update --------------------------------------------------------------------------------------------------
+
+    def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, or for several labels per image binary cross-entropy, of g's logits (section 3.1)."""
+        loss = classification_loss(self._logits(batch["pixel_values"]), batch["labels"])
+        self.optimizer.backward("student", share * loss)
+        return loss.detach(), {}
+
+    def _logits(self, pixel_values: Tensor) -> Tensor:
+        with self.autocast():
+            logits = self.model(pixel_values).logits
+        return full_precision(logits)
+
+    # -- the card ----------------------------------------------------------------------------------------------------
+
+    def card_settings(self) -> dict[str, Any]:
+        """What is linearised, and how, comes first: it is the model's, not the run's."""
+        config = self.model.students[0].config
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in config.theta2)
+        scales = {"ntk": config.ntk, "ntk_head": config.ntk_head} if config.mode in ("full", "gradient") else {}
+        return {"mode": config.mode, "theta2": list(layers), **scales, **super().card_settings()}
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _eval_source(self, dataset: Any, name: str = "eval") -> ImageSource:
+        """Images as they are, or `evaluation_crops` random crops of each, drawn by (seed, crop, index)."""
+        source = super()._eval_source(dataset, name)
+        crops = self.args.evaluation_crops
+        if crops == 1:
+            return source
+        preprocessing = source.preprocessing
+        if isinstance(source, StreamedImages):
+            cut = Augmentation(resized_crop=SquareCrop(preprocessing.crop_fraction or SquareCrop.fraction))
+        else:
+            cut = Augmentation(crop_padding=max(1, preprocessing.image_size // 8))
+        return source.variant(augmentation=cut, views=crops)
+
+    def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        crops = [batch[view_name("pixel_values", crop)] for crop in range(self.args.evaluation_crops)]
+        several = self.model.students[0].config.problem_type == MULTI_LABEL
+        return {"logits": mean_prediction([self._logits(pixel_values) for pixel_values in crops], several)}
+
+    def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+        """`loss`, and accuracies or mean average precisions: see `classifier_metrics`."""
+        return classifier_metrics(outputs["logits"], labels)
+
+    def predictions(self, outputs: dict[str, Tensor]) -> Tensor:
+        return outputs["logits"]
+
+
+def _check_model(model: Any, args: GradientFeaturesConfig) -> None:
+    # By what it can do: a model loaded as remote code is an instance of another class of the same name.
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "start_from"):
+        raise InputError(
+            f"model is a {type(model).__name__}: pass one that hfkd.build_gradient_features makes of a base network"
+        )
+    if args.omega == "random" and getattr(model, "omega", None) is None:
+        raise InputError(f"omega=random has no effect with mode={model.config.mode}, which has no gradient features")
+
+
+def _check_problem_type(model: PreTrainedModel, name: str, dataset: Any) -> None:
+    """Set the configuration's `problem_type`, or raise InputError where the labels are of the other kind."""
+    if isinstance(dataset, dict):
+        for part, one in dataset.items():
+            _check_problem_type(model, f"{name}[{part!r}]", one)
+    elif dataset is not None:
+        kind = MULTI_LABEL if columns_of(name, dataset).multi_label else SINGLE_LABEL
+        wanted = model.config.problem_type or kind
+        if wanted != kind:
+            have = "several labels" if kind == MULTI_LABEL else "one label"
+            raise InputError(
+                f"{name} has {have} for each image and the model has problem_type={wanted!r}: choose other labels, or "
+                f"set model.config.problem_type={kind!r}"
+            )
+        model.config.problem_type = kind
+
+
+@torch.no_grad()
+def _randomise_omega(model: Any, seed: int) -> None:
+    """The authors' random head: N(0, 1) in raw coordinates of their scale, 1/sqrt(classes)."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(model.omega.shape, generator=generator)
+    model.omega.copy_(draws * model.omega.shape[0] ** -0.5)
+    model.omega_bias.zero_()
