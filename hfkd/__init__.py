@@ -14,6 +14,7 @@ _PUBLIC = {
     "hfkd.models": (
         "ClassifierAdapter",
         "GeneratorOutput",
+        "GeneratorPreTrainedModel",
         "HfkdBiganEncoderConfig",
         "HfkdBiganEncoderForImageClassification",
         "HfkdBiganEncoderModel",
@@ -38,6 +39,7 @@ _PUBLIC = {
     "hfkd.trainers.base": ("DistillationTrainer",),
     "hfkd.trainers.bigan": ("BiGanConfig", "BiGanTrainer"),
     "hfkd.trainers.config": ("DistillationConfig",),
+    "hfkd.trainers.gradient_features": ("CODE_PRESET", "GradientFeaturesConfig", "GradientFeaturesTrainer"),
     "hfkd.trainers.interrupt": ("TrainingInterrupted",),
     "hfkd.trainers.online_adversarial": ("OnlineAdversarialConfig", "OnlineAdversarialTrainer"),
     "hfkd.trainers.vae": ("VaeConfig", "VaeTrainer"),

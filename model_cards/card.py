@@ -125,9 +125,11 @@ def _linked_data(data: CardData) -> str:
 
 def _networks(data: CardData) -> str:
     rows = []
+    cohort = len(data.students) > 1 and data.method.task == TASK
     for k, student in enumerate(data.students):
         folder = student.folder or (f"student_{k}" if k else "")
-        name, place = (folder.replace("_", " "), f"`{folder}`") if folder else (f"student {k}", "root")
+        root = "student 0" if cohort else "model"
+        name, place = (folder.replace("_", " "), f"`{folder}`") if folder else (root, "root")
         rows.append((name, student.description, f"{student.parameters:,}", place))
     return _table(("", "Network", "Parameters", "Folder"), rows)
 

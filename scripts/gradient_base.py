@@ -132,8 +132,8 @@ def build_model(
         gradient_base=_fresh(base, student_seed(seed, 1)) if random else None,
     )
     if random:
-        pretrained, mixed = (b.state_dict() for b in (model.backbone.base, model.backbone.gradient_base))
-        for name, value in mixed.items():
+        pretrained = model.backbone.base.state_dict()
+        for name, value in model.backbone.linearised_base.state_dict().items():
             kind = arguments.gradient_theta2 if name in model.config.theta2 else arguments.gradient_theta1
             if kind == "pretrained":
                 value.copy_(pretrained[name])

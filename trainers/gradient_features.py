@@ -25,9 +25,9 @@ from hfkd.evaluation.crops import mean_prediction
 from hfkd.evaluation.logistic_regression import fit_logistic_regression
 from hfkd.losses.gradient_features import classification_loss
 
-from .base import DistillationTrainer
+from .cached_activations import CachedActivations, CachedActivationsConfig
 from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision
-from .config import DistillationConfig, check_range
+from .config import check_range
 from .distributed import broadcast_state, share_failure
 from .feature_maps import full_precision
 from .images import preprocessing_of
@@ -65,7 +65,7 @@ CODE_PRESET: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass
-class GradientFeaturesConfig(DistillationConfig):
+class GradientFeaturesConfig(CachedActivationsConfig):
     """Settings of gradient features. The defaults are the paper's (camera-ready); `CODE_PRESET` has those of its code.
 
     What is trained is the model's, set when it is built: `mode` (activation, gradient, full or finetune), theta_2,
@@ -113,7 +113,7 @@ class GradientFeaturesConfig(DistillationConfig):
             self.refuse_changed(("omega_weight_decay",), "omega=given")
 
 
-class GradientFeaturesTrainer(DistillationTrainer):
+class GradientFeaturesTrainer(CachedActivations):
     """Fits omega, then trains w1 and w2 (or what else the model's mode trains).
 
     A run that is resumed does not fit again: omega is part of the model. Evaluation gives `loss`, `accuracy` and
@@ -243,7 +243,11 @@ class GradientFeaturesTrainer(DistillationTrainer):
 
     def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, or for several labels per image binary cross-entropy, of g's logits (section 3.1)."""
-        loss = classification_loss(self._logits(batch["pixel_values"]), batch["labels"])
+        model: Any = self.model.students[0]
+        with self.autocast():
+            features = self.training_outputs(batch["pixel_values"])
+            logits = model.logits_of(features.pooler_output, features.tangent)
+        loss = classification_loss(full_precision(logits), batch["labels"])
         self.optimizer.backward("student", share * loss)
         return loss.detach(), {}
 
@@ -256,7 +260,7 @@ class GradientFeaturesTrainer(DistillationTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """What is linearised, and how, comes first: it is the model's, not the run's."""
-        config = self.model.students[0].config
+        config = self.model.config
         layers = dict.fromkeys(name.rpartition(".")[0] for name in config.theta2)
         scales = {"ntk": config.ntk, "ntk_head": config.ntk_head} if config.mode in ("full", "gradient") else {}
         return {"mode": config.mode, "theta2": list(layers), **scales, **super().card_settings()}
@@ -278,7 +282,8 @@ class GradientFeaturesTrainer(DistillationTrainer):
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         crops = [batch[view_name("pixel_values", crop)] for crop in range(self.args.evaluation_crops)]
-        several = self.model.students[0].config.problem_type == MULTI_LABEL
+        model: Any = self.model.students[0]
+        several = model.config.problem_type == MULTI_LABEL
         return {"logits": mean_prediction([self._logits(pixel_values) for pixel_values in crops], several)}
 
     def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:

@@ -103,7 +103,8 @@ class ImageLoading(Trainer):
         if self.args.channels_last:
             for view in range(source.views):
                 name = view_name("pixel_values", view)
-                batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
+                if batch[name].dim() == 4:  # cached activations may be tokens
+                    batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
         return batch
 
 

@@ -141,9 +141,7 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
         epoch, index = keys.to(device, non_blocking=True).unbind(1)
         result: dict[str, Tensor] = {}
         for view in range(self.views):
-            pixels = self._pixels(batch, index, view)
-            pixels = self.augmentation(pixels, self.seed, epoch, index, view)
-            result[view_name("pixel_values", view)] = self.preprocessing.normalize(pixels, dtype)
+            result[view_name("pixel_values", view)] = self._view(batch, epoch, index, view, dtype)
         result["index"] = index
         if self.labels is not None:
             labels = self._on_device(device, "labels", self.labels).index_select(0, index)
@@ -151,6 +149,10 @@ class ImageSource(Dataset[dict[str, Any]], ABC):
                 labels = labels.to(torch.float64 if dtype == torch.float64 else torch.float32)
             result["labels"] = labels
         return result
+
+    def _view(self, batch: Mapping[str, Any], epoch: Tensor, index: Tensor, view: int, dtype: torch.dtype) -> Tensor:
+        pixels = self.augmentation(self._pixels(batch, index, view), self.seed, epoch, index, view)
+        return self.preprocessing.normalize(pixels, dtype)
 
     def _on_device(self, device: torch.device, name: str, tensor: Tensor) -> Tensor:
         held = self._copies.setdefault(device, {})

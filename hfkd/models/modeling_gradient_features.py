@@ -55,8 +55,8 @@ class GradientFeaturesOutput(ModelOutput):
     tangent: J(x) w2, (N, d); None in the modes without gradients.
     """
 
-    pooler_output: torch.FloatTensor | None = None
-    tangent: torch.FloatTensor | None = None
+    pooler_output: torch.Tensor | None = None
+    tangent: torch.Tensor | None = None
 
 
 class GradientFeaturesPreTrainedModel(PreTrainedModel):
@@ -174,7 +174,7 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
             with sdpa_kernel(SDPBackend.MATH):
                 primal, tangent = jvp(
                     lambda theta2: self.features_at(theta2, pixel_values), (self.theta2(),), (self.direction(),)
-                )
+                )[:2]
             if self.gradient_base is not None and self.config.mode == "full":
                 primal = self.features(pixel_values)
         return GradientFeaturesOutput(pooler_output=primal, tangent=tangent)

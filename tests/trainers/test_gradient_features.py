@@ -1,4 +1,4 @@
-"""Gradient features end to end on tiny nets: omega, what is trained and what is not, accumulation, crops, bad labels."""
+"""Gradient features end to end on tiny nets: omega, what is trained, accumulation, crops, labels, bad input."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from gradient_feature_runs import (
     DIGITS,
-    SEVERAL,
     SETTINGS,
+    SEVERAL,
     several_label_digits,
     several_label_source,
     tiny_model,
@@ -85,8 +85,8 @@ def test_all_else_stays_bit_identical(make, mode):
     assert trained == len(changed)
 
 
-def test_several_parameter_groups_of_the_optimizer_are_one(make):
-    """Weight decay is on all of them, biases included; Adam is coupled, with the paper's betas."""
+def test_the_papers_optimizer(make):
+    """Adam with coupled weight decay on all weights, biases included."""
     trainer = make()
     trainer.create_optimizer()
     (group,) = trainer.optimizer.param_groups
@@ -156,13 +156,13 @@ def test_random_omega_is_the_gradient_branchs_alone(make):
     assert drawn.omega.std().item() == approx(10**-0.5, rel=0.3)  # N(0, 1/classes)
 
 
-def test_labels_that_no_classifier_fits_are_an_input_error(make):
+def test_labels_that_no_classifier_fits_are_an_input_error(tmp_path):
     sources = digit_sources()
     sevens = load_image_datasets(DataArguments(train_split="train[:200]", validation_size=0)).train
     sevens = sevens.filter(lambda label: label == 7, input_columns="label")
     trainer = GradientFeaturesTrainer(
         tiny_model(),
-        GradientFeaturesConfig("unused", **SETTINGS),
+        GradientFeaturesConfig(str(tmp_path / "run"), **SETTINGS),
         train_dataset=sevens,
         processing_class=sources.preprocessing.to_image_processor(),
     )
@@ -326,7 +326,7 @@ def test_labels_of_the_wrong_kind(make, tmp_path):
             mixed,
             GradientFeaturesConfig("unused", **SETTINGS),
             train_dataset=several_label_digits(),
-            eval_dataset={"digits": digit_sources().test}["digits"],
+            eval_dataset=digit_sources().test,
             processing_class=digit_sources().preprocessing.to_image_processor(),
         )
 

@@ -1,4 +1,4 @@
-"""What a run of gradient features leaves on disk: a model that loads anywhere, its card, and nothing that is executed."""
+"""What a run of gradient features leaves on disk: a model that loads anywhere, and its card."""
 
 import json
 import re

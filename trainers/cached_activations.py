@@ -1,0 +1,94 @@
+"""Training the top of a network on activations that were computed once: for losses that need no more of an image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.modeling_outputs import ModelOutput
+
+from hfkd.data.activation_cache import CachedImages, open_activation_cache
+from hfkd.errors import InputError
+from hfkd.models.activation_cut import ActivationCut
+
+from .base import DistillationTrainer
+from .config import DistillationConfig
+from .distributed import broadcast_state, share_failure
+
+
+@dataclass
+class CachedActivationsConfig(DistillationConfig):
+    """The setting of `CachedActivations`."""
+
+    activation_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the activations below theta_2 of all training images, computed once and used again by "
+            "later runs; needs augmentation=none (default: computed at each step)."
+        },
+    )
+
+
+class CachedActivations(DistillationTrainer):
+    """The part of a trainer that keeps what its backbone computes below theta_2.
+
+    Student 0 has a `base_model` that `ActivationCut` takes, frozen below theta_2. With `activation_cache_dir` the
+    training batches' `pixel_values` are activations, which `training_outputs` takes; evaluation sees images.
+
+    Raises:
+        InputError: augmented training images, or a network that cannot be cut.
+    """
+
+    args: CachedActivationsConfig
+    train_dataset: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cut: ActivationCut | None = None
+        if self.args.activation_cache_dir is not None and self.train_dataset is not None:
+            self.train_dataset = CachedImages(self.train_dataset)
+            self._cut = ActivationCut(self._backbone)
+
+    @property
+    def _backbone(self) -> Any:
+        student: Any = self.model.students[0]
+        return student.base_model
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._cut is not None:
+            broadcast_state(self.model)  # all ranks see the training images through one base
+            self._open_cache(self._cut)
+        return super().get_train_dataloader()
+
+    def training_outputs(self, pixel_values: Tensor) -> ModelOutput:
+        """The backbone's outputs for a training batch's `pixel_values`."""
+        return self._backbone(pixel_values) if self._cut is None else self._cut.above(pixel_values)
+
+    def _open_cache(self, cut: ActivationCut) -> None:
+        """Rank 0 fills the cache where there is none; then all open it."""
+        images: CachedImages = self.train_dataset
+
+        def encode(inputs: Mapping[str, Any]) -> Tensor:
+            with self.autocast():
+                return cut.below(self._materialise(images.source, dict(inputs))["pixel_values"])
+
+        def open_cache() -> None:
+            images.cache = open_activation_cache(
+                str(self.args.activation_cache_dir),
+                images.source,
+                encode,
+                {**cut.identity(), "precision": str(self.args.mixed_precision)},
+                batch_size=self.args.eval_batch_size,
+                workers=self.args.dataloader_num_workers,
+            )
+
+        failure = None
+        if self.is_world_process_zero():
+            try:
+                open_cache()
+            except InputError as error:
+                failure = str(error)
+        share_failure(failure, InputError)
+        if not self.is_world_process_zero():
+            open_cache()
