@@ -78,9 +78,9 @@ class DataArguments:
     normalization: str | None = field(
         default=None,
         metadata={
-            "help": "Channel means and deviations: 'cifar10', 'cifar100', 'imagenet', 'digits', 'symmetric' (pixels in "
-            "[-1, 1], as generators need them), or 'train' to measure the training images; by default those of the "
-            "dataset's name, else measured (small data) or imagenet."
+            "help": "Channel means and deviations: 'cifar10', 'cifar100', 'imagenet', 'digits', 'symmetric' (pixels "
+            "in [-1, 1], as generators need them), or 'train' to measure the training images; by default those of "
+            "the dataset's name, else measured (small data) or imagenet."
         },
     )
     augmentation: Literal["none", "crop", "resized_crop"] | None = field(

@@ -40,9 +40,12 @@ def test_command_writes_a_row_for_each_comparison(tmp_path, capsys):
     with open(tmp_path / "speed.csv", newline="") as file:
         rows = list(csv.DictReader(file))
 
-    assert len(rows) == len({row["what"] for row in rows}) == 12
+    assert len(rows) == len({row["what"] for row in rows}) == 18
     assert all(float(row["value"]) > 0 for row in rows)
-    assert [row["to_reach"] for row in rows[:6]] == ["<= 1.3", "<= 1.3", "<= 1.6", "<= 1.6", ">= 5", ""]
+    assert [row["to_reach"] for row in rows[:9]] == [
+        *("<= 1.3", "<= 1.3", "", "<= 1.6", "", "<= 1.6", ""),
+        *(">= 5", ""),
+    ]
     assert "ResNet-18's last block" in capsys.readouterr().out
 
 
