@@ -24,7 +24,7 @@ def encoder_usage(data: CardData) -> str:
     if any(student.folder == "generator" for student in data.students):
         lines += [
             "",
-            f'generator = AutoModel.from_pretrained(repo, subfolder="generator"{revision}{consent})',
+            f'generator = AutoModel.from_pretrained(repo{revision}, subfolder="generator"{consent})',
             'generator.to_pil(generator.sample(1, seed=0))[0].save("sample.png")',
         ]
     code = "\n".join(lines)

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from hfkd.evaluation.statistics import mean_over_seeds
 
-from .report import Values, is_share
-from .study_file import Study
+from .report import Values
+from .study_file import Study, is_share
 
 
 def draw_study(study: Study, collected: dict[str, Values], path: Path) -> None:

@@ -29,7 +29,7 @@ class Ordering:
         """Whether the claim holds, from the paired difference of shares (first minus second) over the seeds.
 
         `>` holds or fails where the difference is more than two standard errors from zero, and is open between.
-        `~` holds within one point, fails where the difference is more than two standard errors beyond it.
+        `~` holds where two standard errors leave the difference within one point, and fails where beyond it.
         """
         points = f"{100 * difference.value:+.2f}"
         if math.isnan(difference.standard_error):
@@ -37,7 +37,7 @@ class Ordering:
         error = 2 * difference.standard_error
         found = f"{points} ± {100 * difference.standard_error:.2f} points"
         if self.relation == "~":
-            if abs(difference.value) <= CLOSE:
+            if abs(difference.value) + error <= CLOSE:
                 return f"holds: {found}"
             return f"does not hold: {found}" if abs(difference.value) - error > CLOSE else f"open: {found}"
         if abs(difference.value) <= error:

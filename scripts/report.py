@@ -7,7 +7,7 @@ from hfkd.errors import InputError
 from hfkd.evaluation.statistics import Estimate, describe_difference, mean_over_seeds, paired_difference
 
 from .results import Row
-from .study_file import Run, Study
+from .study_file import Run, Study, is_share
 from .suggest import nearest
 
 
@@ -52,11 +52,6 @@ def compare(values: Values, arm: str, reference: str) -> Estimate | None:
     if arm == reference or not seeds:
         return None
     return paired_difference([values[arm][seed] for seed in seeds], [values[reference][seed] for seed in seeds])
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share, shown in percent."""
-    return metric.endswith(("accuracy", "top5", "average_precision", "11_point"))
 
 
 def format_estimate(estimate: Estimate | None, metric: str, *, signed: bool = False) -> str:

@@ -62,6 +62,11 @@ class Study:
         return Path(name).resolve().name if Path(name).is_dir() else name
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share, shown in percent."""
+    return metric.endswith(("accuracy", "top5", "average_precision", "11_point"))
+
+
 def read_study(path: Path) -> Study:
     """Read and check a study file.
 
@@ -91,14 +96,15 @@ def read_study(path: Path) -> Study:
     reference = content.get("reference", next(iter(arms)))
     if reference not in arms:
         raise InputError(f"{path}: reference {reference!r} is no arm{nearest(str(reference), arms)}.")
+    metrics = _list({"metrics": list(method.metrics), **content}, "metrics", str, path)
     return Study(
         name=str(content.get("name", path.stem)),
         method=method,
         arms=arms,
         seeds=_list(content, "seeds", int, path),
         reference=reference,
-        metrics=_list({"metrics": list(method.metrics), **content}, "metrics", str, path),
-        orderings=_read_orderings(content, arms, path),
+        metrics=metrics,
+        orderings=_read_orderings(content, arms, metrics[0], path),
     )
 
 
@@ -129,9 +135,12 @@ def _check_arm(method: Method, settings: dict[str, Any], source: str) -> dict[st
     return checked
 
 
-def _read_orderings(content: dict[str, Any], arms: dict[str, Any], path: Path) -> list[Ordering]:
-    texts = _list(content, "orderings", str, path) if "orderings" in content else []
-    return read_orderings(texts, arms, str(path))
+def _read_orderings(content: dict[str, Any], arms: dict[str, Any], metric: str, path: Path) -> list[Ordering]:
+    if "orderings" not in content:
+        return []
+    if not is_share(metric):
+        raise InputError(f"{path}: orderings are of shares such as accuracies, and the first metric is {metric!r}.")
+    return read_orderings(_list(content, "orderings", str, path), arms, str(path))
 
 
 def _check_folder_name(arm: str, path: Path) -> None:

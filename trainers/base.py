@@ -268,8 +268,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer skips `_clip_grad_norm` when max_grad_norm is 0, but gradients are averaged over the ranks there.
-        grad_norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        return grad_norm
+        return self._clip_grad_norm(model) if self.args.max_grad_norm == 0 else grad_norm
 
     @property
     def _main_optimizer(self) -> str:

@@ -27,7 +27,8 @@ class NamedOptimizers:
     def __init__(self, optimizers: dict[str, torch.optim.Optimizer], max_grad_norm: float) -> None:
         self.optimizers = optimizers
         self.max_grad_norm = max_grad_norm
-        self.gradient_norms: dict[str, Tensor] = {}
+        self.gradient_norms: dict[str, Tensor] = {}  # of the current update, or of the last one that was finished
+        self._finished = False  # the update that the norms are of
         self._gradients: dict[str, dict[nn.Parameter, Tensor]] = {name: {} for name in optimizers}
 
     def parameters(self, name: str) -> list[nn.Parameter]:
@@ -52,6 +53,9 @@ class NamedOptimizers:
 
     def reduce_and_clip(self, names: Iterable[str] | None = None) -> None:
         """Average each named optimizer's gradients over the ranks, then clip them to `max_grad_norm` (0: never)."""
+        if self._finished:
+            self.gradient_norms.clear()
+            self._finished = False
         for name in names or self.optimizers:
             own = self._gradients[name]
             if not own:
@@ -70,9 +74,10 @@ class NamedOptimizers:
         self._step(name)
 
     def step(self) -> None:
-        """Step every optimizer that still holds gradients."""
+        """Step every optimizer that still holds gradients: the end of an update."""
         for name in self.optimizers:
             self._step(name)
+        self._finished = True
 
     def _step(self, name: str) -> None:
         gradients = self._gradients[name]

@@ -85,6 +85,7 @@ license: mit
 repo = "runs"
 classify = pipeline("image-classification", model=repo, trust_remote_code=True)
 model = AutoModelForImageClassification.from_pretrained(repo, revision="old", trust_remote_code=True)
+generator = AutoModel.from_pretrained(repo, revision="old", subfolder="generator", trust_remote_code=True)
 """
 
 
@@ -92,7 +93,7 @@ def test_the_card_loads_what_was_pushed(hub: LoopbackHub, saved: Path) -> None:
     (saved / "README.md").write_text(CARD)
     push(hub, saved, revision="step-4")
     branch = hub.files(REPO, "step-4")["README.md"].decode()
-    assert branch.count('revision="step-4"') == 2 and f'repo = "{REPO}"' in branch and "old" not in branch
+    assert branch.count('revision="step-4"') == 3 and f'repo = "{REPO}"' in branch and '"old"' not in branch
     push(hub, saved)
     assert "revision" not in hub.files(REPO)["README.md"].decode()
 

@@ -1,10 +1,12 @@
 import math
 
 import pytest
+import yaml
 
 from hfkd.errors import InputError
 from hfkd.evaluation.statistics import Estimate
 from hfkd.scripts.orderings import read_orderings
+from hfkd.scripts.study_file import read_study
 
 
 ARMS = ["activation", "gradient", "full"]
@@ -19,6 +21,7 @@ ARMS = ["activation", "gradient", "full"]
         ("full > activation", -0.03, 0.01, "does not hold: -3.00 ± 1.00 points"),
         ("full > activation", 0.07, math.nan, "open: +7.00 points in one seed"),
         ("full ~ gradient", 0.004, 0.001, "holds: +0.40 ± 0.10 points"),
+        ("full ~ gradient", 0.005, 0.05, "open: +0.50 ± 5.00 points"),
         ("full ~ gradient", 0.02, 0.01, "open: +2.00 ± 1.00 points"),
         ("full ~ gradient", -0.02, 0.001, "does not hold: -2.00 ± 0.10 points"),
     ],
@@ -40,3 +43,11 @@ def test_verdicts(claim, value, error, verdict):
 def test_refuses(line, message):
     with pytest.raises(InputError, match=message):
         read_orderings([line], ARMS, "study.yaml")
+
+
+def test_only_shares_are_ordered(tmp_path):
+    path = tmp_path / "study.yaml"
+    study = {"method": "vae", "arms": {"a": {}, "b": {}}, "seeds": [0], "orderings": ["a > b"]}
+    path.write_text(yaml.safe_dump(study))
+    with pytest.raises(InputError, match="orderings are of shares such as accuracies, and the first metric is 'elbo'"):
+        read_study(path)
