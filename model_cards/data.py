@@ -191,12 +191,14 @@ def measurements_of(metrics: Mapping[str, Any], split: str) -> tuple[Measurement
     found = []
     for key, value in metrics.items():
         name = key.removeprefix("eval_").removeprefix("test_")
+        if not math.isfinite(value):
+            continue
         if joint := _JOINT_METRICS.get(name):
             found.append(Measurement("All networks", *joint, float(value), split))
-        if (single := _SINGLE_METRICS.get(name)) and math.isfinite(value):
+        if single := _SINGLE_METRICS.get(name):
             found.append(Measurement("Model", *single, float(value), split))
         match = _METRIC_KEY.fullmatch(key)
-        if match is None or match[2] not in _METRICS or not math.isfinite(value):
+        if match is None or match[2] not in _METRICS:
             continue
         subject = _SUBJECTS.get(match[1]) or f"Student {match[1].removeprefix('student_')}"
         found.append(Measurement(subject, *_METRICS[match[2]], float(value), split))

@@ -1,7 +1,8 @@
 """Loading a saved cohort, from a folder or the Hub."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ _FILES = ["*.json", "model*.safetensors", "*.py", "*.yaml"]
 
 @dataclass
 class Cohort:
-    """The students of a saved run in their order, what they expect of images, and where they lie on this disk."""
+    """The students of a saved run in their order, what they expect of images, and where they lie on this disk.
+
+    `fresh_weights` are those of a classifier that was not saved, as that of an encoder: they are random.
+    """
 
     students: list[PreTrainedModel]
     preprocessing: Preprocessing
     folder: Path
+    fresh_weights: list[str] = field(default_factory=list)
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -47,21 +52,40 @@ def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | N
     """Every student of a saved cohort, in eval mode: the first at the root, its peers in student_1, student_2, ...
 
     Raises:
-        InputError: nothing there, no image classifier, or code that needs `trust_remote_code`.
+        InputError: nothing there, no image classifier, weights missing below the classifier, or code that needs
+            `trust_remote_code`.
     """
     folder = fetch(name, revision)
     peers = [match for match in map(_PEER.fullmatch, (path.name for path in folder.iterdir())) if match]
     subfolders = ["", *(match.group() for match in sorted(peers, key=lambda match: int(match.group(1))))]
     try:
-        students = [
+        loaded = [
             AutoModelForImageClassification.from_pretrained(
-                folder, subfolder=subfolder, trust_remote_code=trust_remote_code, use_safetensors=True
-            ).eval()
+                folder,
+                subfolder=subfolder,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
             for subfolder in subfolders
         ]
         processor: Any = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    students = [student.eval() for student, _ in loaded]
+    fresh = [
+        name
+        for (student, info), subfolder in zip(loaded, subfolders, strict=True)
+        for name in _fresh_weights(student, info["missing_keys"], str(Path(name, subfolder)))
+    ]
     config = students[0].config
     preprocessing = Preprocessing.from_image_processor(processor, num_channels=getattr(config, "num_channels", 3))
-    return Cohort(students, preprocessing, folder)
+    return Cohort(students, preprocessing, folder, fresh)
+
+
+def _fresh_weights(student: PreTrainedModel, missing: Iterable[str], place: str) -> list[str]:
+    """The weights `missing` in the checkpoint `place`. Raises `InputError` unless all are of the classifier."""
+    below = sorted(name for name in missing if name.startswith(f"{student.base_model_prefix}."))
+    if below:
+        raise InputError(f"checkpoint {place} lacks weights: {', '.join(below[:3])}: give a whole checkpoint")
+    return sorted(missing)

@@ -19,7 +19,7 @@ from hfkd.data import (
 from hfkd.models import HfkdBiganGeneratorConfig, HfkdBiganGeneratorModel, build_student
 from hfkd.trainers.bigan import ENCODER_FIELDS, BiGanConfig, BiGanTrainer
 from hfkd.trainers.config import DistillationConfig, check_range
-from hfkd.trainers.encoder_checks import check_encoder
+from hfkd.trainers.encoder_checks import check_encoder, check_generator
 from hfkd.trainers.vae import VaeConfig, VaeTrainer
 
 from .cohort import student_seed
@@ -73,6 +73,7 @@ def build_bigan(config: BiGanConfig, data_arguments: DataArguments, arguments: B
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(student_seed(config.seed, 1))
         generator = HfkdBiganGeneratorModel(HfkdBiganGeneratorConfig.mirror(encoder.config, arguments.latent_size))
+    check_generator(generator, sources.preprocessing)
     generator.start_at(_mean_image(sources.train))
     trainer = BiGanTrainer(encoder, generator, args=config, **_common(sources, data_arguments))
     return Job(trainer, sources.train, sources.test)
@@ -97,7 +98,10 @@ def _encoder(
         seed=student_seed(config.seed, 0),
         trust_remote_code=arguments.trust_remote_code,
     )
-    return classifier.base_model
+    encoder = classifier.base_model
+    encoder.config.id2label = None
+    encoder.config.num_labels = 2  # the default, with its names, which are not saved
+    return encoder
 
 
 def _common(sources: ImageSources, arguments: DataArguments) -> dict[str, Any]:

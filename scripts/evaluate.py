@@ -55,6 +55,10 @@ def run(argv: list[str]) -> int:
         raise InputError("hfkd evaluate needs a checkpoint first: hfkd evaluate FOLDER_OR_HUB_ID [--option value ...]")
     arguments = build([EvaluateArguments], values)[0]
     cohort = load_cohort(name, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
+    if cohort.fresh_weights and arguments.protocol == "accuracy":
+        raise InputError(
+            f"checkpoint {name!r} was saved without a classifier: use --protocol linear-probe or --protocol knn"
+        )
     # Unless the user names data, the test images are those of the run.
     data_options = {} if "dataset_name" in values else data_of_run(cohort.folder)
     (data_arguments,) = build([DataArguments], {**data_options, **values})

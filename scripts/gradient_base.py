@@ -41,7 +41,11 @@ class GradientBaseArguments:
         metadata={"help": "Features: full (activations and gradients) or one kind; finetune trains theta2 itself."},
     )
     ntk: Literal["fan_out", "fan_in", "none"] = field(
-        default="fan_out", metadata={"help": "Scale of the raw weights: fan_out (the authors' code), fan_in or none."}
+        default="fan_out",
+        metadata={
+            "help": "Scale of the raw weights in the modes full and gradient: fan_out (the authors' code), fan_in or "
+            "none."
+        },
     )
     ntk_head: bool = field(default=True, metadata={"help": "Scale the raw weights on activations, too."})
     fold_batch_norm: bool = field(default=True, metadata={"help": "Fold batch norms into convolutions (paper: yes)."})
@@ -54,6 +58,10 @@ class GradientBaseArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.mode in ("activation", "finetune") and (self.ntk != "fan_out" or not self.ntk_head):
+            raise InputError(
+                f"ntk={self.ntk}, ntk_head={self.ntk_head} have no effect with mode={self.mode}: leave out"
+            )
         if "random" in (self.gradient_theta1, self.gradient_theta2) and self.mode not in ("full", "gradient"):
             raise InputError(
                 f"gradient_theta1={self.gradient_theta1}, gradient_theta2={self.gradient_theta2}: mode={self.mode} "
@@ -126,7 +134,7 @@ def build_model(
         _theta2(arguments.theta2),
         class_names=class_names,
         mode=arguments.mode,
-        ntk=arguments.ntk,
+        ntk=arguments.ntk if arguments.mode in ("full", "gradient") else None,
         ntk_head=arguments.ntk_head,
         fold_batch_norm=arguments.fold_batch_norm,
         gradient_base=_fresh(base, student_seed(seed, 1)) if random else None,

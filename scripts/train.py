@@ -53,14 +53,12 @@ def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dic
     job: Job = method.load("build")(config, data_arguments, setup)
     trainer = job.trainer
     options = resolved(kinds, values)
-    trainer.add_callback(_WriteRunFile(method.name, options))
     if not show_logs:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_BarWithoutLogs())
     resume = _resume_from(config.resume_from_checkpoint)
     trainer.may_replace_students = resume is None and repeats(Path(config.output_dir), options)
-    if trainer.may_replace_students and trainer.is_world_process_zero():
-        print(f"hfkd: note: this run replaces its own earlier result in {config.output_dir}", file=sys.stderr)
+    trainer.add_callback(_WriteRunFile(method.name, options, replaces=trainer.may_replace_students))
     outcome = trainer.train(resume_from_checkpoint=resume)
     metrics = {}
     if job.test is not None:
@@ -88,13 +86,18 @@ def repeats(folder: Path, options: dict[str, Any]) -> bool:
 
 
 class _WriteRunFile(TrainerCallback):
-    """Writes `run.yaml` when training begins: not before, as a run that is refused must not touch the folder."""
+    """Writes `run.yaml` when training begins: not before, as a run that is refused must not touch the folder.
 
-    def __init__(self, method: str, options: dict[str, Any]) -> None:
-        self.method, self.options = method, options
+    Then, too, it says what the run `replaces`.
+    """
+
+    def __init__(self, method: str, options: dict[str, Any], replaces: bool) -> None:
+        self.method, self.options, self.replaces = method, options, replaces
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
+            if self.replaces:
+                print(f"hfkd: note: this run replaces its own earlier result in {args.output_dir}", file=sys.stderr)
             write_run_file(Path(args.output_dir), self.method, self.options)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfkd.data import Augmentation, Preprocessing, keyed_normal, keyed_uniform
-from hfkd.data.keyed_random import LATENT_STREAM, MIXING_STREAM, NOISE_STREAM
+from hfkd.data import Augmentation, keyed_normal, keyed_uniform
+from hfkd.data.keyed_random import EVALUATION, LATENT_STREAM, MIXING_STREAM, NOISE_STREAM
 from hfkd.errors import InputError
 from hfkd.evaluation.image_grid import image_grid
 from hfkd.evaluation.similarity import discriminator_accuracy
@@ -28,7 +28,7 @@ from hfkd.models.generator import GeneratorPreTrainedModel
 from .base import DistillationTrainer
 from .cohort_checks import check_batches, common_precision
 from .config import DistillationConfig, check_milestones, check_range
-from .encoder_checks import check_encoder
+from .encoder_checks import base_of, check_encoder, check_generator
 from .feature_maps import full_precision
 from .images import preprocessing_of
 from .networks import TrainingNetworks
@@ -38,7 +38,6 @@ from .optimizers import build_adam, build_main_optimizer, build_main_schedule, m
 # Of an encoder's configuration: what generator, latent layers and discriminator are built by.
 ENCODER_FIELDS = ("hidden_sizes", "kernel_sizes", "strides", "negative_slope")
 MAIN, DISCRIMINATOR = "encoder_generator", "discriminator"
-EVALUATION = -1  # takes the place of the update in the key of what evaluation draws
 
 
 @dataclass
@@ -49,6 +48,8 @@ class BiGanConfig(DistillationConfig):
     discriminator_activation=leaky_relu, discriminator_input_dropout=0, discriminator_dropout=0, adam_beta2=0.9,
     per_device_train_batch_size=64` with an encoder of slope 0.2 and 100 latents.
     """
+
+    _lower_is_better: ClassVar = ("reconstruction_error",)
 
     num_train_epochs: float = field(default=6475.0, metadata={"help": "Epochs (ALI: 6475 on CIFAR-10, 100 on SVHN)."})
     per_device_train_batch_size: int = field(default=100, metadata={"help": "Images per device (ALI: 100)."})
@@ -160,10 +161,10 @@ class BiGanTrainer(DistillationTrainer):
         dataset_name: str | None = None,
     ) -> None:
         args = args or BiGanConfig()
-        encoder = encoder.base_model
+        encoder = base_of(encoder)
         preprocessing = preprocessing_of(train_dataset, processing_class, encoder.config)
         check_encoder(encoder, ENCODER_FIELDS, "bigan_encoder", preprocessing)
-        _check_generator(generator, preprocessing)
+        check_generator(generator, preprocessing)
         dtype = common_precision([encoder, generator])
         self.latent_size = generator.config.latent_size
         with torch.random.fork_rng():
@@ -221,7 +222,11 @@ class BiGanTrainer(DistillationTrainer):
     # -- one update --------------------------------------------------------------------------------------------------
 
     def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both losses from one forward pass; both gradients are taken before anything moves, as in ALI's code."""
+        """Both losses from one forward pass; both gradients are taken before anything moves, as in ALI's code.
+
+        The total is their sum for ALI's losses. For the Wasserstein form it is the discriminator's: the two cancel
+        there, and their sum would be the penalty alone.
+        """
         args, update = self.args, self.state.global_step
         both_move = update % args.discriminator_steps == 0
         with torch.set_grad_enabled(both_move):
@@ -239,7 +244,7 @@ class BiGanTrainer(DistillationTrainer):
         if both_move:
             self.optimizer.backward(MAIN, share * of_generator)
         parts["discriminator_loss"] = of_discriminator
-        total = of_generator + of_discriminator
+        total = of_discriminator if args.gan_loss == "wasserstein" else of_generator + of_discriminator
         return total.detach(), {name: value.detach() for name, value in parts.items()}
 
     def _pairs(self, batch: dict[str, Tensor], update: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -256,13 +261,13 @@ class BiGanTrainer(DistillationTrainer):
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with self.autocast():
-            features = self.model.students[0](images).pooler_output
+            features = self.model.students[0](images, return_dict=True).pooler_output
             mean, log_std = self.model.training_only["latent_head"](features)
         return full_precision(mean), full_precision(log_std)
 
     def _generate(self, latents: Tensor) -> Tensor:
         with self.autocast():
-            images = self.model.students[1](latents).images
+            images = self.model.students[1](latents, return_dict=True).images
         return full_precision(images)
 
     def _scores(self, data: tuple[Tensor, Tensor], samples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -307,13 +312,3 @@ class BiGanTrainer(DistillationTrainer):
     def predictions(self, outputs: dict[str, Tensor]) -> Tensor:
         """The latents (N, L) of the images."""
         return outputs["latents"]
-
-
-def _check_generator(generator: PreTrainedModel, preprocessing: Preprocessing) -> None:
-    made = (getattr(generator.config, "num_channels", None), getattr(generator.config, "image_size", None))
-    wanted = (preprocessing.num_channels, preprocessing.image_size)
-    if made != wanted:
-        raise InputError(
-            f"the generator makes images of (channels, size) {made} and the data has {wanted}: build it by "
-            "HfkdBiganGeneratorConfig.mirror(encoder.config) of an encoder for such images"
-        )

@@ -30,11 +30,12 @@ from transformers.utils import logging
 
 from hfkd.errors import InputError, RunError
 from hfkd.hub.manifest import MANIFEST_NAME, atomic_folder, is_valid, sweep_leftovers, verify_manifest
-from hfkd.hub.remote_code import student_folder, write_code
+from hfkd.hub.remote_code import peer_folders, write_code
 
 from .config import DistillationConfig
 from .distributed import broadcast_buffers, check_same_parameters, share_failure
 from .networks import TrainingNetworks
+from .same_configuration import check_same_configuration
 from .state import read_state, restore_rng_state, rng_state, write_state
 
 
@@ -217,18 +218,17 @@ class Checkpointing(Trainer):
                 target.mkdir(parents=True, exist_ok=True)
                 with atomic_folder(target / ".new-students") as folder:
                     self.save_students(folder)
+                former = self._foreign_peers(target) if holds_students(target) else []
                 move_into(target / ".new-students", target)
-                self._remove_former_peers(target)
+                for peer in former:
+                    shutil.rmtree(peer)
             except (OSError, RunError) as error:
                 failure = self._save_failure(target, target, error)
         share_failure(failure, RunError)
 
-    def _remove_former_peers(self, target: Path) -> None:
-        """Students of a larger cohort that was saved here before, which would pass for this one's."""
-        number = len(self.model.students)
-        while (former := student_folder(target, number)).is_dir():
-            shutil.rmtree(former)
-            number += 1
+    def _foreign_peers(self, folder: Path) -> list[Path]:
+        """Networks that another method or a larger cohort has saved here, and that would pass for this run's."""
+        return [peer for peer in peer_folders(folder) if peer.name not in self.model.folders]
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
@@ -241,8 +241,10 @@ class Checkpointing(Trainer):
         folder = Path(resume_from_checkpoint)
         verify_manifest(folder)
         self.measured.clear()  # what has been measured so far was of other weights
-        if student_folder(folder, len(self.model.students)).exists():
-            raise InputError(f"{folder} holds more students than this run's {len(self.model.students)}")
+        if foreign := self._foreign_peers(folder):
+            raise InputError(
+                f"{folder} holds {foreign[0].name}, which is no network of this run: use this run's own checkpoint"
+            )
         for subfolder, student in zip(self.model.folders, self.model.students, strict=True):
             _load_strictly(student, folder / subfolder)
         state = read_state(folder / STATE_FOLDER, "networks")
@@ -329,18 +331,20 @@ def _load_strictly(student: PreTrainedModel, folder: Path) -> None:
         raise InputError(
             f"{folder} holds no saved student: the checkpoint was made with other students than this run's"
         )
-    saved, own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"), student.config
-    if saved != own.model_type:
+    content, own = json.loads((folder / "config.json").read_text(encoding="utf-8")), student.config
+    if (kind := content.get("model_type")) != own.model_type:
         raise InputError(
-            f"{folder} holds a {saved}, and this run's student is a {own.model_type}: use its own checkpoint"
+            f"{folder} holds a {kind}, and this run's student is a {own.model_type}: use its own checkpoint"
         )
     try:
+        saved = type(own).from_dict(content)
         with without_progress_bars():
             loaded, info = type(student).from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder} cannot be loaded as {type(student).__name__}: {_one_line(error)}") from error
+    check_same_configuration(folder, saved, own)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             named = ", ".join(sorted(map(str, info[problem]))[:3])

@@ -28,15 +28,18 @@ def check_networks(students: Sequence[PreTrainedModel], teacher: PreTrainedModel
         raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
     networks = _by_name(students, teacher)
     for name, network in networks.items():
-        if not isinstance(network, PreTrainedModel):
-            raise InputError(
-                f"{name} is a {type(network).__name__}: pass a model, as build_student makes one of a name"
-            )
+        check_is_model(name, network)
     _check_own_weights(networks)
     counts = [network.config.num_labels for network in networks.values()]
     if len(set(counts)) > 1:
         raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")
     return common_precision(students)
+
+
+def check_is_model(name: str, network: object) -> None:
+    """Raise InputError unless `network`, which a message calls `name`, is a model."""
+    if not isinstance(network, PreTrainedModel):
+        raise InputError(f"{name} is a {type(network).__name__}: pass a model, as build_student makes one of a name")
 
 
 def _by_name(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> dict[str, PreTrainedModel]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -89,6 +89,8 @@ class DistillationConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS
+    # Endings of the metrics that are better when smaller, beside `loss`: what greater_is_better=None goes by.
+    _lower_is_better: ClassVar[tuple[str, ...]] = ()
 
     # TrainingArguments whose defaults do not fit: the reason stands in each help.
     output_dir: str = field(default="runs", metadata={"help": "Folder for checkpoints and the final students."})
@@ -146,6 +148,8 @@ class DistillationConfig(TrainingArguments):
         self.use_cpu: bool = self.use_cpu or not _has_usable_accelerator()
         self.lr_scheduler_type = _choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.optim = _choice("optim", self.optim, OPTIMIZERS)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(self._lower_is_better):
+            self.greater_is_better = False
         # TrainingArguments has no name for Adam.
         optim, self.optim = self.optim, "adamw_torch" if self.optim == "adam" else self.optim
         super().__post_init__()

@@ -7,7 +7,13 @@ from transformers import PreTrainedModel
 from hfkd.data import Preprocessing
 from hfkd.errors import InputError
 
-from .cohort_checks import check_images
+from .cohort_checks import check_images, check_is_model
+
+
+def base_of(encoder: PreTrainedModel) -> PreTrainedModel:
+    """The encoder, of a classifier without its head. Raises InputError where it is no model."""
+    check_is_model("encoder", encoder)
+    return encoder.base_model
 
 
 def check_encoder(encoder: PreTrainedModel, fields: Sequence[str], preset: str, preprocessing: Preprocessing) -> None:
@@ -30,4 +36,30 @@ def check_encoder(encoder: PreTrainedModel, fields: Sequence[str], preset: str, 
             f"the images have mean {preprocessing.mean} and std {preprocessing.std}, and generated ones lie in "
             "[-1, 1]: choose normalization=symmetric"
         )
+    channels = getattr(encoder.config, "num_channels", preprocessing.num_channels)
+    if channels != preprocessing.num_channels:  # one that averages three channels has grey images to learn from
+        raise InputError(
+            f"the encoder has num_channels={channels} and the images have {preprocessing.num_channels}, as generated "
+            "ones must: build it with num_channels of the data, or decode the images with those of the encoder"
+        )
     check_images([encoder], None, preprocessing)
+
+
+def check_generator(generator: PreTrainedModel, preprocessing: Preprocessing) -> None:
+    """Raise InputError unless a generator can be sampled, says how, and makes images like the data's."""
+    check_is_model("generator", generator)
+    config, kind = generator.config, type(generator).__name__
+    for holder, name, place in ((generator, "sample", ""), (config, "latent_size", "config.")):
+        if not hasattr(holder, name):
+            raise InputError(
+                f"the generator is a {kind} without {place}{name}: use an HfkdBiganGeneratorModel, or a model with "
+                "its methods and fields"
+            )
+    made = (getattr(config, "image_size", None), getattr(config, "num_channels", None))
+    wanted = (preprocessing.image_size, preprocessing.num_channels)
+    if made != wanted:
+        raise InputError(
+            f"the generator's layers make images of {made[0]}x{made[0]} pixels with {made[1]} channel(s), and the "
+            f"data has {wanted[0]}x{wanted[0]} with {wanted[1]}: choose image_size={made[0]} for the data, or mirror "
+            "an encoder whose layers shrink its images to one position"
+        )

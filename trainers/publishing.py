@@ -92,7 +92,7 @@ class Publishing(Trainer):
             measurements=tuple(m for split, found in self.measured.items() for m in measurements_of(found, split)),
             hyperparameters=self.card_settings(),
             log_history=tuple(self.state.log_history),
-            pictures=tuple(self.draw_pictures(Path(folder))),
+            pictures=self._pictures(Path(folder)),
             environment=environment_report(),
             wall_time_s=self._training_time(),
             command=command if run_file.exists() else None,
@@ -104,6 +104,16 @@ class Publishing(Trainer):
     def draw_pictures(self, folder: Path) -> Iterator[Picture]:
         """Save a method's own pictures beside its card."""
         return iter(())
+
+    def _pictures(self, folder: Path) -> tuple[Picture, ...]:
+        """The method's own pictures; like a section of the card, they are left out where they fail."""
+        try:
+            return tuple(self.draw_pictures(folder))
+        except OSError:
+            raise  # no room, no permission: the card that follows would meet it too
+        except Exception as error:
+            logger.warning(f"model card: pictures are left out ({type(error).__name__}: {error})")
+            return ()
 
     def card_settings(self) -> dict[str, Any]:
         """The settings that a card tells: those that differ from the defaults."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfkd.data import Augmentation, Preprocessing, keyed_normal
-from hfkd.data.keyed_random import NOISE_STREAM
+from hfkd.data.keyed_random import EVALUATION, NOISE_STREAM
 from hfkd.errors import InputError
 from hfkd.losses.vae import bernoulli_nll, gaussian_kl, reconstruction
 from hfkd.models.vae_parts import GaussianCodes, VaeDecoder
@@ -21,20 +21,21 @@ from hfkd.models.vae_parts import GaussianCodes, VaeDecoder
 from .base import DistillationTrainer
 from .cohort_checks import check_batches, common_precision
 from .config import DistillationConfig, check_range
-from .encoder_checks import check_encoder
+from .encoder_checks import base_of, check_encoder
 from .feature_maps import full_precision
 from .images import preprocessing_of
 from .networks import TrainingNetworks
-from .optimizers import build_main_optimizer, milestone_schedule
+from .optimizers import build_main_optimizer, build_main_schedule
 
 
 MAIN = "autoencoder"
-EVALUATION = -1  # takes the place of the update in the key of what evaluation draws
 
 
 @dataclass
 class VaeConfig(DistillationConfig):
     """Settings of the VAE. The defaults are those of ACAI's public code."""
+
+    _lower_is_better: ClassVar = ("reconstruction_error", "nll", "kl")
 
     num_train_epochs: float = field(
         default=335.5, metadata={"help": "Epochs (ACAI: 2^24 images, which is 335.5 epochs of CIFAR-10)."}
@@ -102,7 +103,7 @@ class VaeTrainer(DistillationTrainer):
         dataset_name: str | None = None,
     ) -> None:
         args = args or VaeConfig()
-        encoder = encoder.base_model
+        encoder = base_of(encoder)
         preprocessing = preprocessing_of(train_dataset, processing_class, encoder.config)
         check_encoder(encoder, ("depth", "scales", "negative_slope"), "vae_encoder", preprocessing)
         map_size = _map_size(encoder, preprocessing)
@@ -130,16 +131,7 @@ class VaeTrainer(DistillationTrainer):
         return {MAIN: build_main_optimizer(parameters, self.args)}
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
-        args = self.args
-        schedule = milestone_schedule(
-            optimizers[MAIN],
-            max_steps=max_steps,
-            milestones=args.lr_milestones,
-            gamma=args.lr_gamma,
-            kind=args.lr_scheduler_type,
-            warmup_steps=args.get_warmup_steps(max_steps),
-        )
-        return {MAIN: schedule}
+        return {MAIN: build_main_schedule(optimizers[MAIN], self.args, max_steps)}
 
     def method_step(self, batch: dict[str, Tensor], share: float, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """-log p(x | z) + beta KL, in nats per image."""
@@ -157,7 +149,7 @@ class VaeTrainer(DistillationTrainer):
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with self.autocast():
-            feature_map = self.model.students[0](images).last_hidden_state
+            feature_map = self.model.students[0](images, return_dict=True).last_hidden_state
             mean, log_variance = self.model.training_only["codes"](feature_map)
         return full_precision(mean), full_precision(log_variance)
 

@@ -58,10 +58,17 @@ class SquareCrop:
     """Random square part of an image, as large as the part that a centre crop keeps.
 
     Attributes:
-        fraction: its side over the shorter side of the image.
+        fraction: its side over the shorter side of the image, in (0, 1].
+
+    Raises:
+        InputError: a fraction out of its range.
     """
 
     fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"SquareCrop.fraction={self.fraction} must be above 0 and at most 1: it is a part's side")
 
     def box(self, width: int, height: int, draws: Tensor) -> Box:
         """(left, top, right, bottom) in pixels; `draws` ends with those of top and left, as for `ResizedCrop`."""

@@ -20,6 +20,8 @@ GENERATOR_STREAM = -3
 LATENT_STREAM = -4
 NOISE_STREAM = -5
 MIXING_STREAM = -6
+# Takes the place of the epoch, or of the update, in the key of what evaluation draws.
+EVALUATION = -1
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64

@@ -9,6 +9,7 @@ each network's files go beside its config and to the root. Families differ in th
 
 import filecmp
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from hfkd.errors import InputError
+
+
+_PEER_FOLDER = re.compile(r"student_[1-9]\d*|generator")
 
 
 def cohort_folders(count: int) -> list[str]:
@@ -26,6 +30,11 @@ def cohort_folders(count: int) -> list[str]:
 def student_folder(folder: Path | str, index: int) -> Path:
     """Where student `index` of a cohort lies."""
     return Path(folder) / cohort_folders(index + 1)[index]
+
+
+def peer_folders(folder: Path | str) -> list[Path]:
+    """The subfolders of `folder` that are named as a network's beside the root's: student_1, ..., and generator."""
+    return [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and _PEER_FOLDER.fullmatch(path.name)]
 
 
 def write_code(

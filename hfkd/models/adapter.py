@@ -108,11 +108,7 @@ class ClassifierAdapter:
         Raises:
             InputError: `k` is below 1 or above the number of blocks.
         """
-        prefix = next(name for name, module in self.model.named_modules() if module is self._backbone)
-        blocks = _find_blocks(prefix, self._backbone)
-        if not 1 <= k <= len(blocks):
-            raise InputError(f"k={k} top blocks of {type(self.model).__name__}: use 1 to {len(blocks)}")
-        return blocks[-k:]
+        return find_top_blocks(self.model, k)
 
     def feature_shape(self, image_size: ImageSize) -> tuple[int, int, int]:
         """(C, H, W) of the feature map for images of `image_size` pixels, a side or (height, width).
@@ -214,6 +210,29 @@ class ClassifierAdapter:
                 f"{type(self.model).__name__} has no head to be found: its logits are not its last layers on pooled "
                 "features of its base model"
             )
+
+
+def find_classifier(model: PreTrainedModel) -> nn.Linear:
+    """The last linear layer of an image classifier, whose outputs are the logits.
+
+    Raises:
+        InputError: there is no base model inside it, or not exactly one such layer outside.
+    """
+    return _find_classifier(model, _find_backbone(model))
+
+
+def find_top_blocks(model: PreTrainedModel, k: int) -> list[tuple[str, nn.Module]]:
+    """The last `k` residual or transformer blocks, as (qualified name in the model, module), in execution order.
+
+    Raises:
+        InputError: `k` is below 1 or above the number of blocks.
+    """
+    backbone = _find_backbone(model)
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    blocks = _find_blocks(prefix, backbone)
+    if not 1 <= k <= len(blocks):
+        raise InputError(f"k={k} top blocks of {type(model).__name__}: use 1 to {len(blocks)}")
+    return blocks[-k:]
 
 
 def _find_backbone(model: PreTrainedModel) -> nn.Module:

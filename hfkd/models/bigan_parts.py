@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hfkd.errors import InputError
 from hfkd.models.configuration_bigan_encoder import HfkdBiganEncoderConfig
 from hfkd.models.layers import make_norm
 from hfkd.models.modeling_bigan_encoder import make_block
@@ -62,6 +63,9 @@ class JointDiscriminator(nn.Module):
         norm: `batch` in the layers on x after the first (ALI on SVHN), or `none`.
         input_dropout: before the first layer on x and on z.
         dropout: before every other layer.
+
+    Raises:
+        InputError: odd widths, which `maxout` cannot halve.
     """
 
     def __init__(
@@ -75,6 +79,11 @@ class JointDiscriminator(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
+        if activation == "maxout" and any(width % PIECES for width in config.hidden_sizes):
+            raise InputError(
+                f"hidden_sizes={list(config.hidden_sizes)} of the encoder has odd widths, which maxout of the "
+                "discriminator cannot halve: make them even, or choose discriminator_activation=leaky_relu"
+            )
         self.activation, self.negative_slope = activation, config.negative_slope
         pieces = PIECES if activation == "maxout" else 1
         channels, of_image = config.num_channels, []

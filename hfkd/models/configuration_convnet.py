@@ -1,4 +1,4 @@
-"""What the configurations of the residual image classifiers share."""
+"""What the configurations of our convolutional image classifiers share."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -32,15 +32,15 @@ def full_auto_map(config_class: type) -> dict[str, str]:
 
 
 class ConvNetConfig(PreTrainedConfig):
-    """Fields that every residual family has.
+    """Fields that every convolutional family has.
 
     Args:
         num_channels: channels of the images the network was built for. With 1, three-channel input is averaged, so
             that pipelines, which always convert to RGB, work on grey images.
         image_size: side of the training images in pixels. Recorded for processors and probes; the networks are fully
-            convolutional and take every size down to their total stride.
+            convolutional and take every size down to their total stride, or without padding their receptive field.
         norm: `batch`, `group` (8 groups, or the largest common divisor of 8 and the channels) or `none`, where each
-            convolution has a bias and the residual branches are scaled down at initialisation.
+            convolution has a bias and residual branches, if any, are scaled down at initialisation.
 
     Raises:
         ValueError: a field is outside its choices.

@@ -42,8 +42,8 @@ class HfkdGradientFeaturesConfig(PreTrainedConfig):
         theta2: names of the base's parameters that are linearised (theta_2), after folding.
         folded: (convolution, batch norm) pairs, by name, where the norm is folded into the convolution.
         mode: `full` (activations and gradients), `activation`, `gradient`, or `finetune` (theta_2 itself is trained).
-        ntk: scale of the raw weights, by `fan_out` (the authors' code), `fan_in`, or `none`. Used by `full` and
-            `gradient`; the other modes have the standard parametrisation.
+        ntk: scale of the raw weights, by `fan_out` (the authors' code), `fan_in`, or `none`. It says what the saved
+            weights mean: a trained model under another scale is another function.
         ntk_head: whether w1 and b1 are scaled too (in the authors' code they are, the paper speaks of theta_2 only).
         separate_gradient_base: whether the gradient branch has a base of its own (the paper's ablation).
 

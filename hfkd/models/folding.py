@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 class _CountReaders(TorchFunctionMode):
@@ -24,7 +25,7 @@ class _CountReaders(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor | tuple | list):
-            self.readers.update({id(arg) for arg in args if id(arg) in self._watched})
+            self.readers.update({id(arg) for arg in tree_leaves((args, kwargs)) if id(arg) in self._watched})
         return result
 
 
@@ -49,7 +50,8 @@ def find_foldable(model: nn.Module, pixel_values: Tensor) -> list[tuple[str, str
 
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.BatchNorm2d) and module.track_running_stats):
+            # Subclasses of batch norm may do more than normalise.
+            if isinstance(module, nn.Conv2d) or (type(module) is nn.BatchNorm2d and module.track_running_stats):
                 stack.callback(module.register_forward_hook(keep).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(counter)

@@ -1,16 +1,19 @@
 """From a base network to a classifier on its activations and gradients: what is linearised, folded and refused."""
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfkd.errors import InputError
-from hfkd.models.adapter import PROBE_SIZE, ClassifierAdapter
+from hfkd.models.adapter import PROBE_SIZE, find_classifier, find_top_blocks
 from hfkd.models.configuration_gradient_features import OWN_BASES, HfkdGradientFeaturesConfig
 from hfkd.models.folding import find_foldable, folded_state
 from hfkd.models.modeling_gradient_features import (
@@ -32,13 +35,15 @@ NEVER_LINEARISED = (
 )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def build_gradient_features(
     base: PreTrainedModel,
-    theta2: int | Sequence[str] = 1,
+    theta2: int | str | Sequence[str] = 1,
     *,
     class_names: Sequence[str],
     mode: str = "full",
-    ntk: str = "fan_out",
+    ntk: str | None = None,
     ntk_head: bool = True,
     fold_batch_norm: bool = True,
     gradient_base: PreTrainedModel | None = None,
@@ -53,7 +58,8 @@ def build_gradient_features(
         theta2: what is linearised: the last `k` blocks, or names of modules or parameters (`*` and `?` as in files).
         class_names: of the target task, in the order of the label ids.
         mode: `full`, `activation`, `gradient` or `finetune`.
-        ntk: scale of the raw weights: `fan_out` (the authors' code), `fan_in` or `none`.
+        ntk: scale of the raw weights: `fan_out`, `fan_in` or `none`. By default, as in the authors' code, `fan_out`
+            where there are gradients, and `none` in the modes `activation` and `finetune`.
         ntk_head: whether w1 and b1 are scaled too.
         fold_batch_norm: fold batch norms into the convolutions before them (paper, section 3.3). A norm that is not
             folded is linearised like any layer.
@@ -63,38 +69,56 @@ def build_gradient_features(
         InputError: a base that is no image classifier, has third-party remote code or operations without a
             forward-mode derivative; names that match nothing or overlap; a gradient base of another architecture.
     """
+    names = _checked_names(class_names)
     classifier = as_classifier(base)
-    adapter = ClassifierAdapter(classifier)
+    last = find_classifier(classifier)
     channels = getattr(classifier.config, "num_channels", 3)
     pixels = probe_pixels(classifier, getattr(classifier.config, "image_size", None) or PROBE_SIZE, channels)
     with undisturbed(classifier), image_errors(classifier, pixels):
         folded = find_foldable(classifier, pixels) if fold_batch_norm else []
     config = HfkdGradientFeaturesConfig(
         base_config={**classifier.config.to_dict(), "_name_or_path": ""},
-        classifier=next(name for name, module in classifier.named_modules() if module is adapter.classifier),
-        feature_size=adapter.classifier.in_features,
+        classifier=next(name for name, module in classifier.named_modules() if module is last),
+        feature_size=last.in_features,
         folded=folded,
         mode=mode,
-        ntk=ntk,
+        ntk=ntk or ("fan_out" if mode in ("full", "gradient") else "none"),
         ntk_head=ntk_head,
         separate_gradient_base=gradient_base is not None,
-        id2label=dict(enumerate(map(str, class_names))),
-        label2id={str(name): number for number, name in enumerate(class_names)},
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
     )
-    wanted = [name for name, _ in adapter.top_blocks(theta2)] if isinstance(theta2, int) else theta2
-    config.theta2 = select_theta2(_parameter_names(config), wanted)
+    # `to_dict` leaves it out.
+    config.base_config._attn_implementation = classifier.config._attn_implementation
+    config.theta2 = select_theta2(_parameter_names(config), _wanted(classifier, theta2))
     with torch.random.fork_rng(devices=[]):
         model = HfkdGradientFeaturesForImageClassification(config)
     model.to(dtype=pixels.dtype, device=pixels.device).eval()
-    _copy_weights(classifier, model.backbone.base, config)
+    _copy_weights(classifier, model.backbone.base, config, pixels)
     if gradient_base is not None and model.backbone.gradient_base is not None:
         other = as_classifier(gradient_base)
         if _architecture(other, config) != _architecture(classifier, config):
             raise InputError(f"gradient_base is a {type(other).__name__} of another architecture than the base")
-        _copy_weights(other, model.backbone.gradient_base, config)
+        _copy_weights(other, model.backbone.gradient_base, config, pixels)
     _check_derivatives(model, pixels)
     model.config._name_or_path = getattr(base.config, "_name_or_path", "")
     return model
+
+
+def _checked_names(class_names: Sequence[str]) -> list[str]:
+    names = [str(name) for name in class_names]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise InputError(f"class_names has {len(names)} names: a classifier needs two or more different ones")
+    return names
+
+
+def _wanted(classifier: PreTrainedModel, theta2: int | str | Sequence[str]) -> Sequence[str]:
+    """Names of modules or parameters, from these or from a number of blocks."""
+    if isinstance(theta2, str):
+        return [theta2]
+    if isinstance(theta2, Integral):
+        return [name for name, _ in find_top_blocks(classifier, int(theta2))]
+    return theta2  # type: ignore[return-value]  # mypy takes an int for no Integral
 
 
 def as_classifier(base: PreTrainedModel) -> PreTrainedModel:
@@ -154,9 +178,25 @@ def _parameter_names(config: HfkdGradientFeaturesConfig) -> list[str]:
         return [name for name, _ in HfkdGradientFeaturesModel.build_base(config).named_parameters()]
 
 
-def _copy_weights(source: PreTrainedModel, target: nn.Module, config: HfkdGradientFeaturesConfig) -> None:
+def _copy_weights(
+    source: PreTrainedModel, target: nn.Module, config: HfkdGradientFeaturesConfig, pixels: torch.Tensor
+) -> None:
+    """Weights of a base into the network that was built anew from its configuration, and proof that f is the same."""
     state = folded_state(source, config.folded)
     target.load_state_dict({n: value for n, value in state.items() if not n.startswith(f"{config.classifier}.")})
+    seen: list[torch.Tensor] = []
+    hook = source.get_submodule(config.classifier).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with undisturbed(source), sdpa_kernel(SDPBackend.MATH):
+            source(pixel_values=pixels, return_dict=True)
+            ours = target(pixel_values=pixels, return_dict=True).logits
+    finally:
+        hook.remove()
+    if (ours - seen[0]).abs().max() > math.sqrt(torch.finfo(ours.dtype).eps) * seen[0].abs().max():
+        raise InputError(
+            f"{type(source).__name__} computes other features than a network of its configuration, so it was changed "
+            "in code: use it as its configuration says it is"
+        )
 
 
 def _architecture(network: PreTrainedModel, config: HfkdGradientFeaturesConfig) -> dict[str, torch.Size]:
@@ -186,6 +226,10 @@ def _check_derivatives(model: HfkdGradientFeaturesForImageClassification, pixels
             f"{type(model.backbone.base).__name__} has an operation without a forward-mode derivative "
             f"({one_line(error)[:160]}): load it with attn_implementation='eager', or choose another base"
         ) from error
+    with torch.no_grad():
+        largest = model.backbone.linearised_base(pixel_values=pixels, return_dict=True).logits.abs().max()
+        if tangent.abs().max() <= torch.finfo(tangent.dtype).eps * largest:
+            raise InputError("theta2 has no effect on the features: name layers that have one")
     u = torch.randn(tangent.shape, generator=generator).to(tangent)
     value = (u * tangent).sum()
     gradients: Any = [None] * len(parameters)

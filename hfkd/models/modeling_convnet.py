@@ -1,4 +1,4 @@
-"""Forward passes that the residual families share: pixels -> stem -> stages -> tail -> pooling -> logits."""
+"""Forward passes that our convolutional families share: pixels -> stem -> stages -> tail -> pooling -> logits."""
 
 import math
 from typing import Any
@@ -48,8 +48,8 @@ class ConvNetPreTrainedModel(PreTrainedModel):
 class ConvNetModel(ConvNetPreTrainedModel):
     """Backbone. A family's `__init__` sets the four attributes below, then calls `post_init`.
 
-    `stem` and `tail` are modules, `stages` is a `ModuleList` of `Sequential`s of residual blocks, and `total_stride`
-    is how many pixels one position of the last feature map stands for.
+    `stem` and `tail` are modules, `stages` is a `ModuleList` of `Sequential`s of blocks, and `total_stride` is
+    how many pixels one position of the last feature map stands for.
     """
 
     stem: nn.Module
@@ -87,7 +87,8 @@ class ConvNetModel(ConvNetPreTrainedModel):
             the positions; on request `hidden_states`, the outputs of the stem and of each stage.
 
         Raises:
-            ValueError: the images have the wrong number of channels or are smaller than the total stride.
+            ValueError: the images have the wrong number of channels or are too small: for the total stride, or for the
+                receptive field of convolutions without padding.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

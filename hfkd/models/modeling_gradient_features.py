@@ -145,38 +145,41 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
             raise ValueError(f"mode={self.config.mode!r} has no gradient weights")
         return {name: self.scales[name] * weight for name, weight in self.gradient_weights.named_parameters()}
 
-    def features_at(self, theta2: dict[str, torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
+    def features_at(self, theta2: dict[str, torch.Tensor], pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """f(x) (N, d) of the linearised base with other values of theta_2, for `torch.func`."""
-        inputs = {"pixel_values": pixel_values, "return_dict": True}
+        inputs = {"pixel_values": pixel_values, "return_dict": True, **kwargs}
         return functional_call(self.linearised_base, theta2, kwargs=inputs).logits
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def features(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """f(x) (N, d) of the activation branch."""
-        return self.base(pixel_values=pixel_values, return_dict=True).logits
+        return self.base(pixel_values=pixel_values, return_dict=True, **kwargs).logits
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> GradientFeaturesOutput:
-        """Features and tangents of `pixel_values` (N, C, H, W).
+        """Features and tangents of `pixel_values` (N, C, H, W); the base gets what else it is given.
 
         Raises:
             ValueError: a part of the base was put into training mode.
         """
-        if any(module.training for module in self.linearised_base.modules()):
+        bases = [base for base in (self.base, self.gradient_base) if base is not None]
+        if any(module.training for base in bases for module in base.modules()):
             raise ValueError(
                 "the base network is in training mode, where dropout and batch statistics change f: call .eval() on it"
             )
         if self.config.mode == "finetune":
-            return GradientFeaturesOutput(pooler_output=self.features(pixel_values))
+            return GradientFeaturesOutput(pooler_output=self.features(pixel_values, **kwargs))
         with FastLayers():
             if self.gradient_weights is None:
-                return GradientFeaturesOutput(pooler_output=self.features(pixel_values))
+                return GradientFeaturesOutput(pooler_output=self.features(pixel_values, **kwargs))
             # Fused attention has no forward-mode derivative; the math backend has.
             with sdpa_kernel(SDPBackend.MATH):
                 primal, tangent = jvp(
-                    lambda theta2: self.features_at(theta2, pixel_values), (self.theta2(),), (self.direction(),)
+                    lambda theta2: self.features_at(theta2, pixel_values, **kwargs),
+                    (self.theta2(),),
+                    (self.direction(),),
                 )[:2]
             if self.gradient_base is not None and self.config.mode == "full":
-                primal = self.features(pixel_values)
+                primal = self.features(pixel_values, **kwargs)
         return GradientFeaturesOutput(pooler_output=primal, tangent=tangent)
 
 
@@ -204,8 +207,8 @@ class HfkdGradientFeaturesForImageClassification(GradientFeaturesPreTrainedModel
         self.activation_bias = nn.Parameter(torch.zeros(shape[0])) if has_activations else None
         self.register_buffer("omega", torch.zeros(shape) if has_gradients else None)
         self.register_buffer("omega_bias", torch.zeros(shape[0]) if has_gradients else None)
-        scaled = has_gradients and config.ntk_head
-        self.weight_scale, self.bias_scale = (ntk_scale(s, config.ntk) if scaled else 1.0 for s in (shape, shape[:1]))
+        head = config.ntk if config.ntk_head else "none"
+        self.weight_scale, self.bias_scale = ntk_scale(shape, head), ntk_scale(shape[:1], head)
         self.post_init()
 
     @torch.no_grad()
@@ -237,7 +240,7 @@ class HfkdGradientFeaturesForImageClassification(GradientFeaturesPreTrainedModel
         Raises:
             ValueError: a part of the base was put into training mode.
         """
-        features = self.backbone(pixel_values, return_dict=True)
+        features = self.backbone(pixel_values, return_dict=True, **kwargs)
         logits = self.logits_of(features.pooler_output, features.tangent)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)

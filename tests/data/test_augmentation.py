@@ -133,6 +133,12 @@ def test_square_crops_lie_anywhere_in_the_image(width: int, height: int) -> None
     assert min(tops) < 0.02 * height and max(bottoms) > 0.98 * height
 
 
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01, float("nan")])
+def test_a_square_crop_is_a_part_of_the_image(fraction: float) -> None:
+    with pytest.raises(InputError, match="SquareCrop.fraction=.* must be above 0 and at most 1"):
+        SquareCrop(fraction)
+
+
 def test_batched_is_ten_times_as_fast_as_per_sample_pillow() -> None:
     images, index = random_images(128), torch.arange(128)
     augmentation, preprocessing = Augmentation(4, "reflect", True), Preprocessing(32)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -78,6 +79,14 @@ def data() -> CardData:
 
 def replaced(card_data: CardData, /, **changes: object) -> ModelCard:
     return render_card(dataclasses.replace(card_data, **changes))
+
+
+def test_numbers_that_are_not_finite_are_no_measurements() -> None:
+    """The Hub refuses them."""
+    for name in ("student_0_accuracy", "accuracy", "reconstruction_error", "elbo"):
+        assert len(measurements_of({f"eval_{name}": 0.5}, "test")) == 1
+        for value in (math.nan, math.inf):
+            assert measurements_of({f"eval_{name}": value}, "test") == ()
 
 
 def test_the_card_says_what_was_given(data: CardData) -> None:

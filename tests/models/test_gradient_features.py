@@ -420,6 +420,10 @@ def test_training_mode_of_a_base_is_refused(images):
     model.backbone.base.train()
     with pytest.raises(ValueError, match="training mode"):
         model(images)
+    separate = build(trained_looking("convnet"), gradient_base=trained_looking("convnet"))
+    separate.backbone.base.train()
+    with pytest.raises(ValueError, match="training mode"):
+        separate(images)
 
 
 def test_copies_and_leaves_the_base_alone(images):

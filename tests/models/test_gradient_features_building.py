@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
@@ -39,6 +41,7 @@ from hfkd.models import (
     build_student,
     code_files,
 )
+from hfkd.models.folding import find_foldable
 
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -161,6 +164,79 @@ def test_refuses_another_architecture_for_the_gradient_branch():
         build("resnet", gradient_base=FAMILIES["convnext"]())
 
 
+def test_refuses_a_base_that_was_changed_in_code():
+    """Its configuration would build another network, which the weights fit as well."""
+    base = FAMILIES["resnet"]()
+    base.resnet.encoder.stages[1].layers[0].activation = torch.nn.GELU()
+    with pytest.raises(InputError, match="computes other features than a network of its configuration"):
+        build_gradient_features(base, class_names=NAMES)
+
+
+class Scaled(torch.nn.BatchNorm2d):
+    """A norm that does more than normalise, as those with an activation inside."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("reader", ["stack", "keyword"])
+def test_folds_no_norm_whose_input_is_read_elsewhere(reader):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.conv(x)
+            other = torch.stack([h]).sum(0) if reader == "stack" else torch.relu(input=h)
+            return self.norm(h) + other
+
+    assert find_foldable(Network().eval(), torch.randn(1, 3, 8, 8)) == []
+    chain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    assert find_foldable(chain, torch.randn(1, 3, 8, 8)) == [("0", "1")]
+    assert find_foldable(torch.nn.Sequential(chain[0], Scaled(4)).eval(), torch.randn(1, 3, 8, 8)) == []
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_builds_where_gradients_are_off(context):
+    with context():
+        model = build("resnet")
+    model(torch.randn(IMAGES), labels=torch.tensor([0, 1])).loss.backward()
+
+
+def test_refuses_layers_without_effect():
+    """A key's bias moves all scores of a query alike, which softmax does not see."""
+    with pytest.raises(InputError, match="theta2 has no effect on the features"):
+        build("vit", ["vit.layers.1.attention.k_proj.bias"])
+
+
+def test_attention_is_that_of_the_base():
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**settings, image_size=32, patch_size=8, attn_implementation="eager")
+    model = build_gradient_features(ViTForImageClassification(config), class_names=NAMES)
+    assert model.backbone.base.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "a"]])
+def test_refuses_class_names(names):
+    with pytest.raises(InputError, match="class_names has .* two or more different ones"):
+        build_gradient_features(FAMILIES["resnet"](), class_names=names)
+
+
+def test_other_arguments_reach_the_base():
+    model, larger = build("vit"), torch.randn(2, 3, 48, 48)
+    assert model(larger, interpolate_pos_encoding=True).logits.shape == (2, 5)
+
+
+def test_features_of_tokens_and_maps_alike():
+    """DINOv2's classifier reads the class token beside the mean of the patches; BEiT's has no map to speak of."""
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    base, images = Dinov2ForImageClassification(config).eval(), torch.randn(2, 3, 28, 28)
+    model = build_gradient_features(base, class_names=["x", "y"])
+    model.start_from(base.classifier.weight, base.classifier.bias)
+    torch.testing.assert_close(model(images).logits, base(images).logits, rtol=1e-4, atol=1e-5)
+
+
 class NoForwardDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -243,6 +319,18 @@ def test_saves_no_local_path_of_the_base(tmp_path):
     build_gradient_features(base, class_names=NAMES).save_pretrained(tmp_path / "built")
     assert "base_config" in (text := (tmp_path / "built" / "config.json").read_text())
     assert str(tmp_path) not in text
+
+
+def test_a_trained_model_keeps_its_parts_under_another_mode(tmp_path):
+    """`mode` selects terms of equation 2; what the saved weights mean does not depend on it."""
+    model, images = with_weights(build("resnet")), torch.randn(IMAGES)
+    model.save_pretrained(tmp_path)
+    both, activation, gradient = (
+        AutoModelForImageClassification.from_pretrained(tmp_path, mode=mode)(images).logits
+        for mode in ("full", "activation", "gradient")
+    )
+    torch.testing.assert_close(activation + gradient, both)
+    torch.testing.assert_close(both, model(images).logits)
 
 
 def test_published_files_import_only_what_everyone_has():

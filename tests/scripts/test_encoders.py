@@ -41,6 +41,7 @@ def test_trains_measures_and_leaves_a_card_that_runs(method, measured, tmp_path,
     assert (results["n_train"], results["n_test"]) == (150, 359)
     encoder = AutoModel.from_pretrained(folder)
     assert (encoder.config.num_channels, encoder.config.image_size) == (1, 8)
+    assert not {"id2label", "label2id"} & json.loads((folder / "config.json").read_text()).keys()
     staged = stage(folder)
     assert (staged / "generator/model.safetensors").is_file() == (method == "bigan")
     assert (staged / "samples.png").is_file() == (method == "bigan")
@@ -91,6 +92,7 @@ def test_images_are_symmetric_unaugmented_and_where_the_generator_starts(tmp_pat
         (["train", "vae", *QUICK, "--encoder", "bigan_encoder_8px"], "no depth"),
         (["train", "vae", *QUICK, "--normalization", "digits"], "choose normalization=symmetric"),
         (["train", "bigan", *QUICK, "--latent_size", "0"], "latent_size=0"),
+        (["train", "bigan", *QUICK, "--image_size", "16"], "8x8 pixels with 1 channel(s), and the data has 16x16"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys, monkeypatch):

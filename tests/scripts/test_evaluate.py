@@ -1,18 +1,21 @@
 """`hfkd evaluate` on images with several labels each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from generative_runs import tiny_trainer
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
 from tiny_runs import tiny_resnet
 
 from hfkd.data import load_digits
 from hfkd.hub.remote_code import write_code
-from hfkd.models import build_image_processor
+from hfkd.models import build_image_processor, build_student
 from hfkd.scripts.cli import main
 
 
@@ -79,3 +82,26 @@ def test_probes_want_one_label_for_each_image(data, cohort, capsys, protocol):
 def test_other_labels_than_the_students_know(cohort, capsys):
     assert main(["evaluate", str(cohort), "--dataset_name", "digits"]) == 2
     assert "the checkpoint knows 3 classes and 'digits' has 10" in capsys.readouterr().err
+
+
+def test_an_encoder_has_no_accuracy_of_its_own(tmp_path, capsys):
+    """It knew ten classes before its head was left out; a fresh one would be measured."""
+    names = [str(digit) for digit in range(10)]
+    classifier = build_student("vae_encoder_8px", class_names=names, image_size=8, num_channels=1)
+    tiny_trainer("vae", tmp_path, networks=[classifier]).save_model()
+    argv = ["evaluate", str(tmp_path), "--dataset_name", "digits"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"hfkd: error: checkpoint '{tmp_path}' was saved without a classifier: ")
+    assert main([*argv, "--protocol", "knn"]) == 0
+
+
+def test_a_checkpoint_without_some_of_its_weights(cohort, tmp_path, capsys):
+    """What no protocol may measure: the probes would be of random features."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(cohort, folder)
+    weights = load_file(folder / "student_1/model.safetensors")
+    del weights[next(name for name in weights if name.startswith("backbone."))]
+    save_file(weights, folder / "student_1/model.safetensors", {"format": "pt"})
+    assert main(["evaluate", str(folder), "--dataset_name", "digits", "--protocol", "knn"]) == 2
+    assert "student_1 lacks weights: backbone." in capsys.readouterr().err

@@ -76,6 +76,13 @@ def test_only_a_run_of_the_same_options_may_replace_a_finished_one(tmp_path, cap
     assert (folder / "model.safetensors").read_bytes() == before[folder / "model.safetensors"]
 
 
+def test_a_run_that_is_refused_replaces_nothing(finished, capsys):
+    """Its own earlier result lies there, and so do that run's checkpoints."""
+    assert main(["train", "online-adversarial", "--config", str(finished / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "--resume_from_checkpoint true" in error and "replaces" not in error
+
+
 def test_resume_goes_on_to_the_same_bits(finished, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(finished / "checkpoint-2", folder / "checkpoint-2")

@@ -40,10 +40,11 @@ SEPARABLE = {
 
 
 @cache
-def symmetric_digits():
+def symmetric_digits(num_channels=1):
     """200 digits to train on, augmented by crops, and 100 to test on, in [-1, 1]."""
-    sources = digit_sources()
-    made = replace(sources.train.preprocessing, mean=(0.5,), std=(0.5,))
+    sources = digit_sources(num_channels)
+    half = (0.5,) * num_channels
+    made = replace(sources.train.preprocessing, mean=half, std=half)
     return SimpleNamespace(
         train=sources.train.variant(preprocessing=made), test=sources.test.variant(preprocessing=made)
     )

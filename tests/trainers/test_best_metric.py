@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from generative_runs import tiny_trainer
 from test_online_adversarial import assert_equal, weights
 from tiny_runs import digit_sources, tiny_resnet
 from transformers import EarlyStoppingCallback
@@ -116,3 +117,26 @@ def test_a_metric_that_two_images_do_not_define_is_left_to_the_first_evaluation(
     trainer.evaluation_metrics = picky
     trainer.train()
     assert trainer.state.best_metric == 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "greater"),
+    [
+        ("bigan", "reconstruction_error", False),
+        ("bigan", "discriminator_accuracy", True),
+        ("bigan", "generator_loss", False),
+        ("vae", "eval_reconstruction_error", False),
+        ("vae", "unseen_nll", False),
+        ("vae", "kl", False),
+        ("vae", "elbo", True),
+        ("vae", None, None),
+    ],
+)
+def test_errors_are_better_when_they_are_smaller(method, wanted, greater, tmp_path):
+    """Trainer goes by the ending `loss` alone, and would keep the worst model."""
+    assert tiny_trainer(method, tmp_path, metric_for_best_model=wanted).args.greater_is_better is greater
+
+
+def test_what_the_user_says_is_better_holds(tmp_path):
+    trainer = tiny_trainer("vae", tmp_path, metric_for_best_model="nll", greater_is_better=True)
+    assert trainer.args.greater_is_better is True

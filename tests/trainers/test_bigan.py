@@ -1,8 +1,11 @@
 """BiGAN's trainer: whose gradient goes where, what moves when, and what is drawn, measured, saved and refused."""
 
 import dataclasses
+import errno
 import math
 import os
+import shutil
+import unittest.mock
 
 import pytest
 import torch
@@ -12,15 +15,20 @@ from tiny_runs import digit_sources, tiny_resnet
 from transformers import AutoImageProcessor, AutoModel
 
 from hfkd.data import load_digits
-from hfkd.errors import InputError
+from hfkd.errors import InputError, RunError
+from hfkd.hub.manifest import write_manifest
 from hfkd.losses.bigan import discriminator_loss, generator_loss
 from hfkd.models import (
     HfkdBiganEncoderConfig,
     HfkdBiganEncoderForImageClassification,
+    HfkdBiganEncoderModel,
     HfkdBiganGeneratorConfig,
     HfkdBiganGeneratorModel,
+    HfkdVaeEncoderConfig,
+    HfkdVaeEncoderModel,
     build_student,
 )
+from hfkd.trainers import publishing
 from hfkd.trainers.bigan import BiGanConfig, BiGanTrainer
 from hfkd.trainers.vae import VaeConfig, VaeTrainer
 
@@ -152,6 +160,8 @@ def test_wasserstein_logs_its_penalty(tmp_path):
     assert extra == pytest.approx(10 * logs[0]["gradient_penalty"], rel=1e-4)
     assert logs[1]["discriminator_loss"] == pytest.approx(-logs[1]["generator_loss"], abs=1e-6)
     assert "discriminator_accuracy" not in logs[0]
+    # The two losses cancel: their sum would be the penalty alone.
+    assert [entry["loss"] for entry in logs] == [entry["discriminator_loss"] for entry in logs]
 
 
 def test_optimizers_and_schedules_are_the_configurations(tmp_path):
@@ -215,11 +225,7 @@ def test_unlabelled_data_trains_evaluates_and_chooses_the_best(tmp_path):
     digits = load_digits().remove_columns("label").select(range(150))
     processor = symmetric_digits().train.preprocessing.to_image_processor()
     context = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    best = {
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "reconstruction_error",
-        "greater_is_better": False,
-    }
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reconstruction_error"}
     config = BiGanConfig(
         str(tmp_path), max_steps=4, per_device_train_batch_size=50, use_cpu=True, disable_tqdm=True, **context, **best
     )
@@ -263,6 +269,63 @@ def test_a_checkpoint_is_encoder_and_generator(tmp_path):
     assert run_clean(LOAD, environment, tmp_path).strip() == "(1, 16) tensor(True) 2"
 
 
+def test_a_picture_that_fails_is_left_out(tmp_path):
+    trainer = tiny_trainer("bigan", tmp_path)
+
+    def sample(n, seed):
+        raise RuntimeError("no samples today")
+
+    trainer.model.students[1].sample = sample
+    with unittest.mock.patch.object(publishing.logger, "warning") as warn:
+        trainer.save_model()
+    (message,) = warn.call_args.args
+    assert message == "model card: pictures are left out (RuntimeError: no samples today)"
+    card = (tmp_path / "README.md").read_text()
+    assert "samples.png" not in card and "| generator | HfkdBiganGeneratorModel |" in card
+
+
+def test_no_room_for_a_picture_is_no_failing_section(tmp_path):
+    trainer = tiny_trainer("bigan", tmp_path)
+
+    def sample(n, seed):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer.model.students[1].sample = sample
+    with pytest.raises(RunError, match="card is not .No space left on device"):
+        trainer.save_model()
+
+
+def test_a_save_leaves_no_peers_of_another_method(tmp_path, make_trainer):
+    """They would be published, and read, as this run's."""
+    tiny_trainer("bigan", tmp_path).save_model()
+    tiny_trainer("vae", tmp_path).save_model()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    make_trainer(output_dir=tmp_path).save_model()
+    assert (tmp_path / "student_1").is_dir()
+    (tmp_path / "notes").mkdir()
+    tiny_trainer("bigan", tmp_path).save_model()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"generator", "notes"}
+
+
+def test_a_first_save_removes_nothing(tmp_path):
+    """Without students at the root, a folder of such a name is no peer of a former save."""
+    (tmp_path / "generator").mkdir()
+    (tmp_path / "generator/notes.txt").write_text("mine")
+    tiny_trainer("vae", tmp_path).save_model()
+    assert (tmp_path / "generator/notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_with_networks_of_another_method_is_refused(tmp_path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    for method in ("vae", "bigan"):
+        tiny_trainer(method, tmp_path / method, **settings).train()
+    checkpoint = tmp_path / "vae/checkpoint-1"
+    shutil.copytree(tmp_path / "bigan/checkpoint-1/generator", checkpoint / "generator")
+    write_manifest(checkpoint)
+    with pytest.raises(InputError, match="holds generator, which is no network of this run"):
+        tiny_trainer("vae", tmp_path / "again", **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
@@ -285,18 +348,50 @@ def test_bad_settings(tmp_path, settings, message):
     assert "\n" not in str(caught.value)
 
 
+class NoLatents(HfkdVaeEncoderModel):
+    """It draws, but does not say from how many latents."""
+
+    def __init__(self):
+        super().__init__(HfkdVaeEncoderConfig(depth=2, scales=1))
+
+    def sample(self, n, seed=None):
+        raise NotImplementedError
+
+
+def tiny_generator(**layers):
+    config = HfkdBiganGeneratorConfig.mirror(tiny_networks("bigan")[0].config, latent_size=4)
+    return HfkdBiganGeneratorModel(HfkdBiganGeneratorConfig.from_dict(config.to_dict() | layers))
+
+
+def odd_networks():
+    config = HfkdBiganEncoderConfig(
+        num_channels=1, image_size=8, hidden_sizes=[4, 7, 16], kernel_sizes=[3, 4, 2], strides=[1, 2, 1]
+    )
+    generator = HfkdBiganGeneratorModel(HfkdBiganGeneratorConfig.mirror(config, latent_size=4))
+    return [HfkdBiganEncoderModel(config), generator]
+
+
+def test_odd_widths_train_without_maxout(tmp_path):
+    settings = {"discriminator_activation": "leaky_relu", "max_steps": 1}
+    assert tiny_trainer("bigan", tmp_path, networks=odd_networks(), **settings).train().training_loss > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"sources": digit_sources()}, "normalization=symmetric"),
         ({"networks": [tiny_resnet(0), tiny_networks("bigan")[1]]}, "no kernel_sizes"),
-        ({"networks": [tiny_networks("bigan")[0], tiny_networks("bigan")[0]]}, "generator makes images"),
+        ({"networks": ["bigan_encoder", tiny_networks("bigan")[1]]}, "encoder is a str: pass a model"),
+        ({"networks": [tiny_networks("bigan")[0], "generator"]}, "generator is a str: pass a model"),
+        ({"networks": [tiny_networks("bigan")[0]] * 2}, "HfkdBiganEncoderModel without sample"),
+        ({"networks": [tiny_networks("bigan")[0], NoLatents()]}, "NoLatents without config.latent_size"),
+        ({"networks": [tiny_networks("bigan")[0], tiny_generator(strides=[1, 2, 2, 1])]}, "13x13 pixels"),
+        ({"sources": symmetric_digits(3)}, "num_channels=1 and the images have 3"),
+        ({"networks": odd_networks()}, r"hidden_sizes=\[4, 7, 16\]"),
         ({"per_device_train_batch_size": 199}, "batch of one image"),
     ],
 )
 def test_bad_parts(tmp_path, change, message):
-    if message.startswith("generator"):
-        change["networks"][1].config.image_size = 16
     with pytest.raises(InputError, match=message) as caught:
         tiny_trainer("bigan", tmp_path, **change)
     assert "\n" not in str(caught.value)
@@ -322,6 +417,16 @@ def test_bf16_and_channels_last_train(method, tmp_path):
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     trainer.save_model()
     AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["bigan", "vae"])
+def test_networks_that_return_tuples_by_default_train(method, tmp_path):
+    networks = tiny_networks(method)
+    for network in networks:
+        network.config.return_dict = False
+    trainer = tiny_trainer(method, tmp_path, networks=networks, max_steps=1)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_reconstruction_error"])
 
 
 # -- the VAE ---------------------------------------------------------------------------------------
@@ -367,3 +472,13 @@ def test_vae_bad_settings(tmp_path, settings, message):
 def test_vae_needs_an_encoder_of_its_make(tmp_path):
     with pytest.raises(InputError, match="has no depth"):
         tiny_trainer("vae", tmp_path, networks=tiny_networks("bigan")[:1])
+
+
+def test_a_name_is_no_encoder(tmp_path):
+    with pytest.raises(InputError, match="encoder is a str: pass a model"):
+        tiny_trainer("vae", tmp_path, networks=["vae_encoder"])
+
+
+def test_a_grey_encoder_does_not_take_colour(tmp_path):
+    with pytest.raises(InputError, match="num_channels=1 and the images have 3"):
+        tiny_trainer("vae", tmp_path, sources=symmetric_digits(3))
