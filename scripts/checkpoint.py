@@ -74,9 +74,9 @@ def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | N
         raise InputError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     students = [student.eval() for student, _ in loaded]
     fresh = [
-        name
+        weight
         for (student, info), subfolder in zip(loaded, subfolders, strict=True)
-        for name in _fresh_weights(student, info["missing_keys"], str(Path(name, subfolder)))
+        for weight in _fresh_weights(student, info["missing_keys"], str(Path(name, subfolder)))
     ]
     config = students[0].config
     preprocessing = Preprocessing.from_image_processor(processor, num_channels=getattr(config, "num_channels", 3))

@@ -74,7 +74,8 @@ def read_study(path: Path) -> Study:
     results; default: the file's), `recipe` (a shipped recipe or a YAML file beside the study), `settings` (options of
     all arms, over the recipe), `reference` (the arm that others are compared with; default: the first), `metrics`
     (of the table and the figure; default: the method's) and `orderings` (what the paper says about the
-    arms in the first metric, such as `full > activation` or, for about equal, `full ~ gradient`).
+    arms in the first metric, such as `full > activation` or, for about equal, `full ~ gradient`: within 1 point, or
+    with `~2` within 2).
 
     Raises:
         InputError: an unknown key, option, method, reference or ordering, or an arm whose configuration is refused.

@@ -8,13 +8,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ModelOutput
 
-from hfkd.data.activation_cache import CachedImages, open_activation_cache
-from hfkd.errors import InputError
+from hfkd.data.activation_cache import ActivationCache, CachedImages, open_activation_cache
 from hfkd.models.activation_cut import ActivationCut
 
 from .base import DistillationTrainer
 from .config import DistillationConfig
-from .distributed import broadcast_state, share_failure
+from .distributed import broadcast_state, failing_together
 
 
 @dataclass
@@ -66,29 +65,24 @@ class CachedActivations(DistillationTrainer):
         return self._backbone(pixel_values) if self._cut is None else self._cut.above(pixel_values)
 
     def _open_cache(self, cut: ActivationCut) -> None:
-        """Rank 0 fills the cache where there is none; then all open it."""
+        """Rank 0 fills the cache where there is none; then the others open it."""
         images: CachedImages = self.train_dataset
+        folder = str(self.args.activation_cache_dir)
 
         def encode(inputs: Mapping[str, Any]) -> Tensor:
             with self.autocast():
                 return cut.below(self._materialise(images.source, dict(inputs))["pixel_values"])
 
-        def open_cache() -> None:
-            images.cache = open_activation_cache(
-                str(self.args.activation_cache_dir),
-                images.source,
-                encode,
-                {**cut.identity(), "precision": str(self.args.mixed_precision)},
-                batch_size=self.args.eval_batch_size,
-                workers=self.args.dataloader_num_workers,
-            )
-
-        failure = None
-        if self.is_world_process_zero():
-            try:
-                open_cache()
-            except InputError as error:
-                failure = str(error)
-        share_failure(failure, InputError)
-        if not self.is_world_process_zero():
-            open_cache()
+        with failing_together("filling activation_cache_dir"):
+            if self.is_world_process_zero():
+                images.cache = open_activation_cache(
+                    folder,
+                    images.source,
+                    encode,
+                    {**cut.identity(), "precision": str(self.args.mixed_precision)},
+                    batch_size=self.args.eval_batch_size,
+                    workers=self.args.dataloader_num_workers,
+                )
+        with failing_together("opening activation_cache_dir"):
+            if not self.is_world_process_zero():
+                images.cache = ActivationCache(folder)

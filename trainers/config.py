@@ -112,6 +112,10 @@ class DistillationConfig(TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints kept beside the best one; a cohort has many networks."}
     )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the best metric_for_best_model is the greatest; None: not of losses and errors."},
+    )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images per device in evaluation."})
     # Kept out of the repr, which dataclasses write anew for each subclass, over the one that hides it.
     hub_token: str | None = field(

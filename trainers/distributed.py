@@ -4,13 +4,14 @@ Trainable modules are not wrapped in DistributedDataParallel: `torch.autograd.gr
 on one graph need, silently skips its all-reduce.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hfkd.errors import RunError
+from hfkd.errors import InputError, RunError
 
 
 BUCKET_BYTES = 25 * 2**20  # a size that keeps a collective busy and its copy small
@@ -63,15 +64,44 @@ def broadcast_state(module: nn.Module) -> None:
 
 
 def share_failure(message: str | None, kind: type[Exception]) -> None:
-    """Raise `kind(message)` on every rank when the first one has a message; called by all of them.
+    """Raise `kind(message)` on every rank when one has a message, the first one's; called by all of them.
 
     A rank that raised by itself would leave the others waiting for it in their next collective call.
     """
-    shared = [message]
+    messages: list[str | None] = [message]
     if world_size() > 1:
-        dist.broadcast_object_list(shared, src=0)
-    if shared[0] is not None:
-        raise kind(shared[0])
+        messages = [None] * world_size()
+        dist.all_gather_object(messages, message)
+    shared = next((one for one in messages if one is not None), None)
+    if shared is not None:
+        raise kind(shared)
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """What fails inside on one rank fails on all; entered by all of them, and nothing inside waits for another.
+
+    Args:
+        what: is done inside, for the message.
+
+    Raises:
+        InputError: where a rank raised one, with its message.
+        RunError: where a rank raised something else, in one line.
+    """
+    refused: str | None = None
+    failed: str | None = None
+    cause: Exception | None = None
+    try:
+        yield
+    except InputError as error:
+        refused, cause = str(error), error
+    except Exception as error:
+        failed, cause = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", error
+    try:
+        share_failure(refused, InputError)
+        share_failure(failed, RunError)
+    except (InputError, RunError) as shared:
+        raise shared from cause
 
 
 def all_ranks(flag: Tensor) -> bool:

@@ -28,7 +28,7 @@ from hfkd.losses.gradient_features import classification_loss
 from .cached_activations import CachedActivations, CachedActivationsConfig
 from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision
 from .config import check_range
-from .distributed import broadcast_state, share_failure
+from .distributed import broadcast_state, failing_together
 from .feature_maps import full_precision
 from .images import preprocessing_of
 from .networks import TrainingNetworks
@@ -191,25 +191,26 @@ class GradientFeaturesTrainer(CachedActivations):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def fit_omega(self) -> None:
-        """Step 2: logistic regression on the features of the training images; w1 starts there, and w2 at zero."""
+        """Step 2: logistic regression on the features of the training images; w1 starts there, and w2 at zero.
+
+        Raises:
+            InputError: w2 has been trained, or labels that no classifier fits.
+            RunError: the fit failed.
+        """
         broadcast_state(self.model)  # all ranks see the training images through one base
+        model: Any = self.model.students[0]
+        _check_untrained(model, self.args.omega)
         features, labels = self._training_features()
-        failure = None
-        if self.is_world_process_zero():
-            model: Any = self.model.students[0]
-            try:
+        with failing_together("fitting omega"):
+            if self.is_world_process_zero():
                 weight, bias = fit_logistic_regression(
                     features, labels, model.config.num_labels, self.args.omega_weight_decay
                 )
-            except InputError as error:
-                failure = str(error)
-            else:
                 model.start_from(weight, bias)
                 if self.args.omega == "random":
                     _randomise_omega(model, self.args.seed)
                 fit = self.evaluation_metrics({"logits": features.double() @ weight.T + bias}, labels)
                 self.log({f"omega_{name}": value for name, value in fit.items()})
-        share_failure(failure, InputError)
 
     def _training_features(self) -> tuple[Tensor, Tensor]:
         """f(x) (N, d) of the training images, not augmented, and their labels, on the CPU of every rank."""
@@ -302,6 +303,15 @@ def _check_model(model: Any, args: GradientFeaturesConfig) -> None:
         )
     if args.omega == "random" and getattr(model, "omega", None) is None:
         raise InputError(f"omega=random has no effect with mode={model.config.mode}, which has no gradient features")
+
+
+def _check_untrained(model: Any, omega: str) -> None:
+    weights = model.backbone.gradient_weights
+    if weights is not None and any(parameter.any() for parameter in weights.parameters()):
+        raise InputError(
+            f"omega={omega} would set the gradient weights of this model to zero, and they are already trained: "
+            "omega=given continues it"
+        )
 
 
 def _check_problem_type(model: PreTrainedModel, name: str, dataset: Any) -> None:

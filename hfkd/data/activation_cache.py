@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from .sampler import KeyedSampler, collate
 from .sources import ImageSource, ResidentImages, StreamedImages
 
 
-ACTIVATIONS, KEY, UNFINISHED = "activations.npy", "key.json", "unfinished.npy"
+ACTIVATIONS, KEY, UNFINISHED = "activations.npy", "key.json", "unfinished-"
 
 
 class ActivationCache:
@@ -124,7 +126,7 @@ def open_activation_cache(
 ) -> ActivationCache:
     """The cache in `folder` for these images and this network; filled first where there is none.
 
-    Filling that was interrupted starts again. One process fills; others wait and then open.
+    Filling that was interrupted starts again. Of several processes that fill one folder, the first to finish is taken.
 
     Args:
         folder: for this cache alone.
@@ -145,10 +147,11 @@ def open_activation_cache(
         try:
             _fill(folder, source, encode, parts, batch_size, workers)
         except OSError as error:
-            raise InputError(
-                f"activation_cache_dir={folder} cannot be written ({error.strerror or error}): "
-                "free space or name another"
-            ) from error
+            if not (folder / KEY).exists():  # else another process was faster, and swept this one's file
+                raise InputError(
+                    f"activation_cache_dir={folder} cannot be written ({error.strerror or error}): "
+                    "free space or name another"
+                ) from error
     cache = ActivationCache(folder)
     cache.check(parts)
     return cache
@@ -170,24 +173,43 @@ def _fill(
         collate_fn=collate,
         num_workers=workers,
     )
-    array: np.memmap | None = None
-    done, kind = 0, ""
-    for inputs in tqdm(loader, desc="Activations below theta2", unit="batch", delay=2, leave=False):
+    # Under a name of its own, as other processes may be filling the folder too.
+    unfinished = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+    try:
+        # Not a mapped file: on a full disk, writing to its holes would kill the process.
+        with open(unfinished, "wb") as file:
+            key = _write_rows(file, loader, encode, len(source))
+        if not (folder / KEY).exists():
+            os.replace(unfinished, folder / ACTIVATIONS)
+            key["parts"] = {name: _digest(text) for name, text in parts.items()}
+            unfinished.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, folder / KEY)  # last: it vouches for the rest
+            for other in folder.glob(f"{UNFINISHED}*"):  # of processes that were killed, or slower
+                other.unlink(missing_ok=True)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_rows(
+    file: BinaryIO, batches: Iterable[Mapping[str, Any]], encode: Callable[[Mapping[str, Any]], Tensor], number: int
+) -> dict[str, Any]:
+    """Write the activations of all `number` images as a .npy file; its shape and the activations' dtype."""
+    key: dict[str, Any] = {}
+    for inputs in tqdm(batches, desc="Activations below theta2", unit="batch", delay=2, leave=False):
         activations = encode(inputs).cpu().contiguous()
         rows = _as_numpy(activations)
-        if array is None:
-            kind = str(activations.dtype).removeprefix("torch.")
-            shape = (len(source), *rows.shape[1:])
-            array = np.lib.format.open_memmap(folder / UNFINISHED, mode="w+", dtype=rows.dtype, shape=shape)
-        array[done : done + len(rows)] = rows
-        done += len(rows)
-    assert array is not None  # a source has at least one image
-    array.flush()
-    os.replace(folder / UNFINISHED, folder / ACTIVATIONS)
-    key = {"shape": list(array.shape), "dtype": kind, "parts": {name: _digest(text) for name, text in parts.items()}}
-    unfinished = folder / f"{KEY}.unfinished"
-    unfinished.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / KEY)  # last: it vouches for the rest
+        if not key:
+            key = {
+                "shape": [number, *rows.shape[1:]],
+                "dtype": str(activations.dtype).removeprefix("torch."),
+            }
+            descr = np.lib.format.dtype_to_descr(rows.dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": tuple(key["shape"])}
+            np.lib.format.write_array_header_1_0(file, header)
+        file.write(rows.data)
+    file.flush()
+    os.fsync(file.fileno())
+    return key
 
 
 def _as_numpy(activations: Tensor) -> np.ndarray:
@@ -200,9 +222,28 @@ def _image_parts(source: ImageSource) -> dict[str, str]:
         images = hashlib.sha256(source.images.contiguous().numpy().data).hexdigest()
     else:
         assert isinstance(source, StreamedImages)
-        images = source.records._fingerprint
+        images = source.records._fingerprint + _file_states(source.records, source.columns.image_column)
     shape = f"{len(source)} of {source.columns.image_column}"
     return {"images": f"{images} {shape}", "preprocessing": json.dumps(asdict(source.preprocessing), sort_keys=True)}
+
+
+def _file_states(records: datasets.Dataset, column: str) -> str:
+    """A digest of size and time of change of the files that records name, "" where all records hold their images.
+
+    A fingerprint tells such records by their paths alone.
+    """
+    flat = records.flatten()
+    if not flat.data.column(f"{column}.bytes").null_count:
+        return ""
+    states: list[tuple[int, int] | None] = []
+    for path in flat.select_columns([f"{column}.path"])[f"{column}.path"]:
+        try:
+            state = os.stat(path)
+        except (OSError, TypeError):  # no file of this machine, or no path
+            states.append(None)
+        else:
+            states.append((state.st_size, state.st_mtime_ns))
+    return _digest(json.dumps(states))
 
 
 def _digest(text: str) -> str:

@@ -1,15 +1,26 @@
 """Activations on disk: what is kept is what was computed, and nothing else is taken for it."""
 
 import json
+import os
 import pickle
+import secrets
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from hfkd.data import Augmentation, KeyedSampler, Preprocessing, ResidentImages, StreamedImages, collate
+from hfkd.data import (
+    Augmentation,
+    KeyedSampler,
+    Preprocessing,
+    ResidentImages,
+    StreamedImages,
+    collate,
+    find_columns,
+)
 from hfkd.data.activation_cache import ActivationCache, CachedImages, open_activation_cache
 from hfkd.errors import InputError
 
@@ -74,6 +85,43 @@ def test_interrupted_filling_starts_again(tmp_path, source):
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["activations.npy", "key.json"]
 
 
+def overtaken(folder, source, **faster):
+    """An encoder that, once it has begun, sees another process fill the same folder to the end."""
+    encode = encoder(source)
+
+    def slow(inputs):
+        if encode.calls == 1:
+            filled(folder, source, **faster)
+        return encode(inputs)
+
+    return slow
+
+
+def test_of_two_that_fill_one_folder_the_first_to_finish_is_taken(tmp_path, source):
+    folder = tmp_path / "cache"
+    slower = open_activation_cache(folder, source, overtaken(folder, source), IDENTITY, batch_size=16)
+    everything = torch.arange(50)
+    assert torch.equal(slower.gather(everything), filled(tmp_path / "alone", source).gather(everything))
+    assert sorted(path.name for path in folder.iterdir()) == ["activations.npy", "key.json"]
+
+
+def test_another_network_that_was_faster_is_not_taken_for_the_own(tmp_path, source):
+    folder = tmp_path / "cache"
+    with pytest.raises(InputError, match="made with other boundary"):
+        open_activation_cache(
+            folder, source, overtaken(folder, source), IDENTITY | {"boundary": "other"}, batch_size=16
+        )
+    assert len(filled(folder, source)) == 50
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path, source):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "unfinished-0123456789abcdef").write_bytes(bytes(100))
+    filled(folder, source)
+    assert sorted(path.name for path in folder.iterdir()) == ["activations.npy", "key.json"]
+
+
 @pytest.mark.parametrize("part", IDENTITY)
 def test_names_the_part_of_the_network_that_changed(tmp_path, source, part):
     filled(tmp_path / "cache", source)
@@ -92,6 +140,28 @@ def test_names_images_and_preprocessing_that_changed(tmp_path, source, digits, d
         other = kind(digits.select(rows), digit_columns, preprocessing)
         with pytest.raises(InputError, match=f"made with other {changed}: "):
             filled(tmp_path / "cache", other)
+
+
+@pytest.mark.parametrize("change", ["pixels", "time alone"])
+def test_names_files_that_were_replaced(tmp_path, change):
+    """Records that hold paths look the same as before."""
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for path in paths:
+        Image.new("L", (8, 8), 1).save(path)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)})
+    dataset = datasets.Dataset.from_dict({"image": paths, "label": range(4)}, features=features)
+    source = StreamedImages(dataset.select([3, 1]), find_columns(features), PREPROCESSING)
+    filled(tmp_path / "cache", source)
+    os.utime(paths[0], ns=(1, 1))  # not among the images
+    filled(tmp_path / "cache", source)
+    if change == "pixels":
+        before = os.stat(paths[1]).st_mtime_ns
+        Image.effect_noise((8, 8), 50).save(paths[1])
+        os.utime(paths[1], ns=(before, before))
+    else:
+        os.utime(paths[1], ns=(1, 1))
+    with pytest.raises(InputError, match="made with other images: "):
+        filled(tmp_path / "cache", source)
 
 
 def cut_off(folder):
@@ -130,6 +200,30 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         filled(tmp_path / "file" / "cache", source)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device of a full disk")
+def test_a_full_disk_is_named(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "name")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/unfinished-name").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): free space") as error:
+        filled(tmp_path / "cache", source)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_no_file_has_holes_on_the_way(tmp_path, source):
+    """A full disk kills the process that writes to a hole of a mapped file."""
+    sizes, encode = [], encoder(source)
+
+    def watched(inputs):
+        sizes.extend(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+        return encode(inputs)
+
+    cache = open_activation_cache(tmp_path / "cache", source, watched, IDENTITY, batch_size=16)
+    whole = (tmp_path / "cache/activations.npy").stat().st_size
+    assert len(cache) == 50 and len(sizes) >= 3 and max(sizes) < whole
 
 
 # -- as a source -----------------------------------------------------------------------------------------------------

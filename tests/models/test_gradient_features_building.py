@@ -33,9 +33,13 @@ from transformers.models.resnet.modeling_resnet import ResNetBasicLayer
 
 from hfkd.errors import InputError
 from hfkd.models import (
+    HfkdBiganEncoderConfig,
+    HfkdBiganEncoderForImageClassification,
     HfkdGradientFeaturesConfig,
     HfkdGradientFeaturesForImageClassification,
     HfkdGradientFeaturesModel,
+    HfkdVaeEncoderConfig,
+    HfkdVaeEncoderForImageClassification,
     build_gradient_features,
     build_image_processor,
     build_student,
@@ -369,21 +373,29 @@ print(json.dumps(found))
 """
 
 
+SHARED = {
+    **{name: FAMILIES[name] for name in ("hfkd_resnet", "hfkd_wide_resnet", "resnet", "convnext", "vit")},
+    "bigan_encoder": lambda: HfkdBiganEncoderForImageClassification(
+        HfkdBiganEncoderConfig(hidden_sizes=[4, 6, 8], kernel_sizes=[5, 4, 4], strides=[2, 2, 1], num_labels=5)
+    ),
+    "vae_encoder": lambda: HfkdVaeEncoderForImageClassification(HfkdVaeEncoderConfig(depth=2, scales=2, num_labels=5)),
+}
+
+
 def test_loads_without_hfkd(tmp_path):
     """Bases of this package and stock ones."""
-    names = ["hfkd_resnet", "hfkd_wide_resnet", "resnet", "convnext", "vit"]
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     expected = {}
-    for name in names:
-        model = with_weights(build(name))
+    for name, base in SHARED.items():
+        model = with_weights(build_gradient_features(base(), class_names=NAMES))
         model.save_pretrained(tmp_path / name)
         build_image_processor(32, 3, [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path / name)
         with torch.no_grad():
             expected[name] = (model(images).logits, model.backbone(images).tangent)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    output = run_clean(STRANGER.replace("NAMES", repr(names)), environment, tmp_path)
+    output = run_clean(STRANGER.replace("NAMES", repr(list(SHARED))), environment, tmp_path)
     found = json.loads(output.splitlines()[-1])
-    for name in names:
+    for name in SHARED:
         logits, tangent, count = found[name]
         torch.testing.assert_close(torch.tensor(logits), expected[name][0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(tangent), expected[name][1], rtol=1e-4, atol=1e-4)

@@ -55,16 +55,21 @@ def trained(step):
 
 @pytest.mark.parametrize("mode", ["full", "finetune"])
 def test_a_step_on_activations_is_a_step_on_their_images(mode):
+    """With SGD, whose steps are as long as the gradients: the first of Adam has their signs alone."""
     base = tiny_encoder()
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     whole, above = (Step(base, 2, mode, False) for _ in range(2))
     above.model.load_state_dict(whole.model.state_dict())
     before = trained(whole)
+    for step in (whole, above):
+        step.optimizer = torch.optim.SGD((p for p in step.model.parameters() if p.requires_grad), lr=1.0)
     whole.take(images, labels)
     above.take(above.below(images), labels, activations=True)
 
-    assert all(not torch.equal(value, old) for value, old in zip(trained(whole)[:2], before[:2], strict=True))
-    torch.testing.assert_close(trained(above), trained(whole), rtol=1e-5, atol=1e-7)
+    for old, value, other in zip(before, trained(whole), trained(above), strict=True):
+        moved = value - old
+        assert moved.any()
+        torch.testing.assert_close(other - old, moved, rtol=0, atol=1e-4 * float(moved.abs().max()) + 1e-7)
 
 
 def test_both_steps_train_as_many_weights():

@@ -24,6 +24,11 @@ ARMS = ["activation", "gradient", "full"]
         ("full ~ gradient", 0.005, 0.05, "open: +0.50 ± 5.00 points"),
         ("full ~ gradient", 0.02, 0.01, "open: +2.00 ± 1.00 points"),
         ("full ~ gradient", -0.02, 0.001, "does not hold: -2.00 ± 0.10 points"),
+        ("full ~ gradient", 0.0112, 0.001, "open: +1.12 ± 0.10 points"),
+        ("full ~2 gradient", 0.0112, 0.001, "holds: +1.12 ± 0.10 points"),
+        ("full ~2 gradient", -0.0112, 0.005, "open: -1.12 ± 0.50 points"),
+        ("full ~2 gradient", -0.025, 0.001, "does not hold: -2.50 ± 0.10 points"),
+        ("full ~0.5 gradient", 0.006, 0.0001, "does not hold: +0.60 ± 0.01 points"),
     ],
 )
 def test_verdicts(claim, value, error, verdict):
@@ -37,6 +42,11 @@ def test_verdicts(claim, value, error, verdict):
     [
         ("full >= activation", "'full >= activation' is not of the form"),
         ("full > activation > gradient", "is not of the form"),
+        ("full >2 activation", "'full >2 activation' is not of the form"),
+        ("full ~two activation", "is not of the form"),
+        ("full ~0 activation", "is not of the form"),
+        ("full ~-1 activation", "is not of the form"),
+        ("full ~nan activation", "is not of the form"),
         ("full > activaton", "'activaton' is no arm.*activation"),
     ],
 )

@@ -164,6 +164,19 @@ def test_wasserstein_logs_its_penalty(tmp_path):
     assert [entry["loss"] for entry in logs] == [entry["discriminator_loss"] for entry in logs]
 
 
+def test_the_discriminator_for_svhn_trains(tmp_path):
+    """Batch norm in its layers on images after the first, leaky ReLUs, less dropout."""
+    settings = {"discriminator_norm": "batch", "discriminator_activation": "leaky_relu", "discriminator_dropout": 0.2}
+    trainer = tiny_trainer("bigan", tmp_path, max_steps=1, **settings)
+    discriminator = trainer.model.training_only["discriminator"]
+    norms = [layer for layer in discriminator.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    before = weights(trainer)
+    trainer.train()
+    assert moved(before, weights(trainer)) == {"encoder", "generator", "latent_head", "discriminator"}
+    assert len(norms) == 2 and all(layer.running_mean.abs().max() > 0 for layer in norms)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
 def test_optimizers_and_schedules_are_the_configurations(tmp_path):
     settings = {"weight_decay": 0.1, "discriminator_learning_rate": 2e-3, "discriminator_lr_milestones": [0.5]}
     trainer = tiny_trainer("bigan", tmp_path, **settings, lr_milestones=[0.25], max_steps=4)

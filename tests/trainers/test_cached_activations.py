@@ -1,13 +1,18 @@
 """Training on kept activations is training on their images."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from distributed_run import become_rank
 from gradient_feature_runs import SETTINGS, tiny_model, tiny_trainer
 from processes import differences, in_a_process
+from test_distributed import launch
 from tiny_runs import digit_sources
 from torch import nn
 
-from hfkd.errors import InputError
+from hfkd.errors import InputError, RunError
 
 
 def calls_below(model):
@@ -100,3 +105,38 @@ def test_resume_is_exact(tmp_path):
         tmp_path / "resumed", target=run, cache=cache, resume=str(whole / "checkpoint-3"), save_steps=12
     )
     assert differences(whole / last, resumed / last, students=1) == []
+
+
+def rank_run(rank, world, port, output_dir, results, settings):
+    """One rank, which writes its weights, or the error that it ends with, to `results`/<rank>.pt."""
+    become_rank(rank, world, port)
+    where = f"{output_dir}-{rank}" if settings.pop("apart", False) else output_dir
+    trainer = tiny_trainer(output_dir, tiny_model(seed=rank), max_steps=2, activation_cache_dir=f"{where}-cache")
+    if rank == 0 and settings.pop("fails", False):
+        trainer.train_dataset.source.materialise = None
+    try:
+        trainer.train()
+    except (InputError, RunError) as error:
+        torch.save({"error": f"{type(error).__name__}: {error}"}, Path(results) / f"{rank}.pt")
+    else:
+        torch.save({"weights": trainer.model.state_dict()}, Path(results) / f"{rank}.pt")
+
+
+def test_two_ranks_share_a_cache(tmp_path):
+    one, two = launch(2, tmp_path / "run", tmp_path / "results", target=rank_run)
+    for name, value in one["weights"].items():
+        assert torch.equal(value, two["weights"][name])
+    assert sorted(path.name for path in (tmp_path / "run-cache").iterdir()) == ["activations.npy", "key.json"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"apart": True}, "InputError: activation_cache_dir=.*run-1-cache is damaged"),  # no common file system
+        ({"fails": True}, "RunError: filling activation_cache_dir: TypeError: 'NoneType'"),
+    ],
+)
+def test_what_fails_on_one_rank_stops_both(tmp_path, settings, message):
+    found = launch(2, tmp_path / "run", tmp_path / "results", target=rank_run, **settings)
+    assert found[0] == found[1]
+    assert re.match(message, found[0]["error"])

@@ -84,8 +84,16 @@ def test_another_methods_checkpoint_is_refused(straight, method, tmp_path):
 # -- ranks and micro-batches -----------------------------------------------------------------------
 
 
-def test_two_processes_equal_one(method, tmp_path):
-    settings = {"target": rank_run, "method": method}
+WASSERSTEIN = {"gan_loss": "wasserstein", "discriminator_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("bigan", {}), ("bigan", WASSERSTEIN | {"max_grad_norm": 0.01}), ("vae", {})],
+    ids=["ali", "wasserstein with clipping", "vae"],
+)
+def test_two_processes_equal_one(kind, settings, tmp_path):
+    settings = {"target": rank_run, "method": kind, **settings}
     (one,) = launch(1, tmp_path / "a", tmp_path / "one", per_device_train_batch_size=50, **settings)
     two = launch(2, tmp_path / "b", tmp_path / "two", per_device_train_batch_size=25, **settings)
     assert_same(two[0]["weights"], two[1]["weights"])
@@ -100,7 +108,7 @@ def test_two_processes_equal_one(method, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("bigan", {}), ("bigan", {"gan_loss": "wasserstein", "discriminator_steps": 2}), ("vae", {})],
+    [("bigan", {}), ("bigan", WASSERSTEIN), ("vae", {})],
     ids=["ali", "wasserstein", "vae"],
 )
 def test_accumulation_is_the_whole_batch(tmp_path, kind, settings):

@@ -170,6 +170,35 @@ def test_labels_that_no_classifier_fits_are_an_input_error(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("mode", ["full", "gradient"])
+def test_a_trained_model_is_not_wiped(make, mode):
+    model = tiny_model(mode)
+    make(model, max_steps=1).train()
+    trained = weights(model)
+    again = make(model, name="again", max_steps=1)
+    with pytest.raises(InputError, match="omega=fitted would.*already trained: omega=given continues it") as caught:
+        again.train()
+    assert "\n" not in str(caught.value)
+    assert_equal(trained, weights(model))
+    make(model, name="given", omega="given", max_steps=1).train()
+
+
+@pytest.mark.parametrize("fails", ["fit", "metrics"])
+def test_a_fit_that_fails_is_one_line(make, monkeypatch, fails):
+    def fail(*_):
+        raise ValueError("no\n  such matrix")
+
+    trainer = make()
+    if fails == "fit":
+        monkeypatch.setattr(gradient_features, "fit_logistic_regression", fail)
+    else:
+        trainer.evaluation_metrics = fail
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    assert str(caught.value) == "fitting omega: ValueError: no such matrix"
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
 # -- one update ------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 
 def other_base():
-    """Of the same shapes: with shortcut convolutions its blocks would have other weights, with another epsilon not."""
+    """Its weights have the same shapes."""
     base = tiny_resnet(0, width=6)
     base.config.image_size = 9
     return base
@@ -58,7 +58,13 @@ def test_records_may_differ(checkpoint, tmp_path):
 
 
 def test_a_peers_settings_are_compared_too(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
 
     def trainer(folder, steps, **changed):
         students = [tiny_resnet(0), tiny_resnet(1)]
