@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from hfkd.errors import InputError, RunError
 from hfkd.hub.errors import HUB_ERRORS, explain, is_transient
 from hfkd.hub.manifest import MANIFEST_NAME
+from hfkd.hub.remote_code import peer_folders
 
 
 # Seconds before the second and the third try. The client itself repeats single requests inside each try.
@@ -27,7 +28,6 @@ RETRY_DELAYS_S = (1.0, 4.0)
 TIMEOUT_S = 60.0
 
 _TEXT_SUFFIXES = (".json", ".py", ".md", ".yaml")
-_PEER_FOLDER = re.compile(r"student_[1-9]\d*|generator")
 # The manifest covers files that stay at home, and the Trainer's state is of use to a resumed run only.
 _STAY = (MANIFEST_NAME, "trainer_state.json")
 # httpx2 puts header values it cannot send into its error message, so nothing odd may get that far.
@@ -77,7 +77,7 @@ def stage(folder: Path | str) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json, so no saved model; name a folder that save_model wrote")
-    peers = [path for path in sorted(folder.iterdir()) if path.is_dir() and _PEER_FOLDER.fullmatch(path.name)]
+    peers = peer_folders(folder)
     staged = Path(tempfile.mkdtemp(prefix="hfkd-push-"))
     try:
         for source in [folder, *peers]:

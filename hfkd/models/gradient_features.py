@@ -89,7 +89,7 @@ def build_gradient_features(
         label2id={name: number for number, name in enumerate(names)},
     )
     # `to_dict` leaves it out.
-    config.base_config._attn_implementation = classifier.config._attn_implementation
+    config._attn_implementation = {"base_config": classifier.config._attn_implementation}
     config.theta2 = select_theta2(_parameter_names(config), _wanted(classifier, theta2))
     with torch.random.fork_rng(devices=[]):
         model = HfkdGradientFeaturesForImageClassification(config)
