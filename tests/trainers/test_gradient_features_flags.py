@@ -83,7 +83,7 @@ EFFECTS = [
     ("channels_last", True, lambda t: t.seen.convolved[-1].stride()[1], 1, {}),
     ("evaluation_crops", 3, lambda t: t.get_eval_dataloader().dataset.views, 3, {"train": False}),
     ("omega", "given", steps_with("omega_loss"), [], {"omega_weight_decay": 1e-6}),
-    ("omega_weight_decay", 100.0, omega_is_small, True, {}),
+    ("omega_weight_decay", 100.0, omega_is_small, True, {"omega_weight_decay": 1e-12}),
     ("eval_strategy", "steps", steps_with("eval_accuracy"), [1, 2], {"eval_steps": 1}),
     ("save_strategy", "steps", saved, [1, 2], {"save_steps": 1}),
 ]  # fmt: skip
