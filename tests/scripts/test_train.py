@@ -78,8 +78,10 @@ def test_only_a_run_of_the_same_options_may_replace_a_finished_one(tmp_path, cap
 
 def test_a_run_that_is_refused_replaces_nothing(finished, capsys):
     """Its own earlier result lies there, and so do that run's checkpoints."""
-    assert main(["train", "online-adversarial", "--config", str(finished / "run.yaml")]) == 2
-    error = capsys.readouterr().err
+    code, _, error = hfkd(
+        capsys, "train", "online-adversarial", "--config", finished / "run.yaml", "--output_dir", finished
+    )
+    assert code == 2
     assert "--resume_from_checkpoint true" in error and "replaces" not in error
 
 
