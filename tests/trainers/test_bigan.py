@@ -445,20 +445,6 @@ def test_networks_that_return_tuples_by_default_train(method, tmp_path):
 # -- the VAE ---------------------------------------------------------------------------------------
 
 
-def test_vae_descends_and_its_terms_add_up(tmp_path):
-    trainer = tiny_trainer("vae", tmp_path, learning_rate=3e-3, beta=0.5, max_steps=20)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for entry in logs:
-        assert entry["loss"] == pytest.approx(entry["nll"] + 0.5 * entry["kl"], rel=1e-4)
-    assert logs[0]["nll"] == pytest.approx(64 * math.log(2), rel=0.1)
-    assert logs[19]["loss"] < 0.95 * logs[0]["loss"]
-    metrics = trainer.evaluate()
-    assert metrics["eval_elbo"] == pytest.approx(-metrics["eval_nll"] - metrics["eval_kl"])
-    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"] + 0.5 * metrics["eval_kl"])
-    assert trainer.predict(symmetric_digits().test).predictions.shape == (100, 2 * 4 * 4)
-
-
 @pytest.mark.parametrize("name", ["vae_encoder", "bigan_encoder"])
 def test_real_widths_take_a_step(name, tmp_path):
     """The encoder is a classifier without its head."""
@@ -472,19 +458,6 @@ def test_real_widths_take_a_step(name, tmp_path):
     trainer = kind(*networks, args=args, train_dataset=digits, processing_class=processor)
     assert trainer.train().training_loss > 0
     assert trainer.model.students[0] is networks[0].base_model
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"beta": -1.0}, "beta=-1.0"), ({"latent_channels": 0}, "latent_channels=0")]
-)
-def test_vae_bad_settings(tmp_path, settings, message):
-    with pytest.raises(InputError, match=message):
-        tiny_trainer("vae", tmp_path, **settings)
-
-
-def test_vae_needs_an_encoder_of_its_make(tmp_path):
-    with pytest.raises(InputError, match="has no depth"):
-        tiny_trainer("vae", tmp_path, networks=tiny_networks("bigan")[:1])
 
 
 def test_a_name_is_no_encoder(tmp_path):
