@@ -1,5 +1,6 @@
 """Loading a saved cohort, from a folder or the Hub."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from hfkd.hub.errors import explain
 
 _PEER = re.compile(r"student_([1-9]\d*)")
 _FILES = ["*.json", "model*.safetensors", "*.py", "*.yaml"]
+_NETWORKS = ["student_*", "generator"]  # folders beside the root's
 
 
 @dataclass
@@ -41,7 +43,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"checkpoint {name!r} is not a folder: give one that holds config.json, or a Hub id")
     try:
-        patterns = [*_FILES, *(f"student_*/{pattern}" for pattern in _FILES)]
+        patterns = [*_FILES, *(f"{network}/{pattern}" for network in _NETWORKS for pattern in _FILES)]
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         cause = explain(error, name, huggingface_hub.constants.ENDPOINT)
@@ -52,10 +54,15 @@ def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | N
     """Every student of a saved cohort, in eval mode: the first at the root, its peers in student_1, student_2, ...
 
     Raises:
-        InputError: nothing there, no image classifier, weights missing below the classifier, or code that needs
-            `trust_remote_code`.
+        InputError: nothing there, a generator or no image classifier, weights missing below the classifier, or code
+            that needs `trust_remote_code`.
     """
     folder = fetch(name, revision)
+    if holds_generator(folder):
+        raise InputError(
+            f"checkpoint {name!r} is a generator and no classifier: measure it with hfkd evaluate {name} --protocol "
+            "generation, or look at its images with hfkd sample"
+        )
     peers = [match for match in map(_PEER.fullmatch, (path.name for path in folder.iterdir())) if match]
     subfolders = ["", *(match.group() for match in sorted(peers, key=lambda match: int(match.group(1))))]
     try:
@@ -81,6 +88,15 @@ def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | N
     config = students[0].config
     preprocessing = Preprocessing.from_image_processor(processor, num_channels=getattr(config, "num_channels", 3))
     return Cohort(students, preprocessing, folder, fresh)
+
+
+def holds_generator(folder: Path) -> bool:
+    """Whether the configuration in `folder` is that of a network with latents, and has no image classifier."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return "latent_size" in config and "AutoModelForImageClassification" not in config.get("auto_map", {})
 
 
 def _fresh_weights(student: PreTrainedModel, missing: Iterable[str], place: str) -> list[str]:

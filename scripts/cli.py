@@ -23,6 +23,8 @@ from .suggest import nearest
 COMMANDS = {
     "train": "train a method: hfkd train METHOD [--config FILE.yaml] [--option value ...]",
     "evaluate": "measure a saved checkpoint: hfkd evaluate CHECKPOINT --dataset_name NAME --protocol accuracy",
+    "sample": "images of a saved generator as one picture: hfkd sample GENERATOR --num_images 64 --output grid.png",
+    "exponents": "how a classifier's tensors scale, for generating from it: hfkd exponents CHECKPOINT",
     "push": "share a saved folder on the Hub: hfkd push FOLDER REPO_ID",
     "study": "arms x seeds from one file, resumable: hfkd study FILE.yaml",
     "benchmark": "measure a method's speed: hfkd benchmark METHOD",

@@ -16,7 +16,8 @@ from hfkd.data import DataArguments, ImageDatasets, load_image_datasets, make_so
 from hfkd.errors import RunError
 
 from .checkpoint import load_cohort
-from .evaluate import data_of_run, logits_over
+from .evaluate import logits_over
+from .measured_data import data_of_run
 from .options import build
 
 

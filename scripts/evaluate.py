@@ -1,10 +1,8 @@
-"""`hfkd evaluate CHECKPOINT`: each student of a saved cohort, and their ensemble, on the test images."""
+"""`hfkd evaluate CHECKPOINT`: each student of a saved cohort, and their ensemble, on test images; or a generator."""
 
-import dataclasses
 import json
-import sys
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +17,12 @@ from hfkd.evaluation.inference import outputs_over
 from hfkd.evaluation.knn import knn_accuracy
 from hfkd.evaluation.linear_probe import linear_probe_accuracy
 from hfkd.evaluation.metrics import MeanAveragePrecision
-from hfkd.models import ClassifierAdapter
+from hfkd.models import ClassifierAdapter, HfkdGradientFeaturesConfig
 
 from .checkpoint import Cohort, load_cohort
-from .options import RUN_FILE, build, check_values, read_options, read_yaml
+from .evaluate_generation import GenerationArguments, describe_generation, evaluate_generation
+from .measured_data import check_classes, check_labelled_test, data_of_run
+from .options import build, read_options
 from .present import describe_accuracies
 from .results import write_atomically
 
@@ -31,9 +31,12 @@ from .results import write_atomically
 class EvaluateArguments:
     """How a checkpoint is measured."""
 
-    protocol: Literal["accuracy", "linear-probe", "knn"] = field(
+    protocol: Literal["accuracy", "linear-probe", "knn", "generation"] = field(
         default="accuracy",
-        metadata={"help": "accuracy of the students as they are; or of a probe on their frozen pooled features."},
+        metadata={
+            "help": "accuracy of the students as they are; or of a probe on their frozen pooled features; generation: "
+            "the images of a generator against real ones and noise."
+        },
     )
     batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
@@ -45,7 +48,7 @@ class EvaluateArguments:
             raise InputError(f"batch_size {self.batch_size} is too small: give at least 1")
 
 
-KINDS = [EvaluateArguments, DataArguments]
+KINDS = [EvaluateArguments, GenerationArguments, DataArguments]
 
 
 def run(argv: list[str]) -> int:
@@ -53,7 +56,32 @@ def run(argv: list[str]) -> int:
     values = read_options(KINDS, argv[1:] if name else argv, "hfkd evaluate CHECKPOINT")
     if name is None:
         raise InputError("hfkd evaluate needs a checkpoint first: hfkd evaluate FOLDER_OR_HUB_ID [--option value ...]")
-    arguments = build([EvaluateArguments], values)[0]
+    arguments, of_generation = build([EvaluateArguments, GenerationArguments], values)
+    if arguments.protocol == "generation":
+        result = evaluate_generation(
+            name,
+            values,
+            of_generation,
+            batch_size=arguments.batch_size,
+            trust_remote_code=arguments.trust_remote_code,
+            revision=arguments.revision,
+        )
+        text = describe_generation(result)
+    else:
+        result = _evaluate_cohort(name, values, arguments)
+        text = describe_accuracies(result["metrics"], result["n_test"])
+    print(text)
+    for setting, value in result["settings"].items():
+        print(f"  {setting}: {value}")
+    if arguments.output is not None:
+        write_atomically(Path(arguments.output), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _evaluate_cohort(name: str, values: dict[str, Any], arguments: EvaluateArguments) -> dict[str, Any]:
+    unused = sorted(field.name for field in fields(GenerationArguments) if field.name in values)
+    if unused:
+        raise InputError(f"--{unused[0]} is for --protocol generation, and --protocol is {arguments.protocol!r}")
     cohort = load_cohort(name, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
     if cohort.fresh_weights and arguments.protocol == "accuracy":
         raise InputError(
@@ -62,23 +90,7 @@ def run(argv: list[str]) -> int:
     # Unless the user names data, the test images are those of the run.
     data_options = {} if "dataset_name" in values else data_of_run(cohort.folder)
     (data_arguments,) = build([DataArguments], {**data_options, **values})
-    result = evaluate(cohort, load_image_datasets(data_arguments), arguments)
-    print(describe_accuracies(result["metrics"], result["n_test"]))
-    for setting, value in result["settings"].items():
-        print(f"  {setting}: {value}")
-    if arguments.output is not None:
-        write_atomically(Path(arguments.output), json.dumps(result, indent=2) + "\n")
-    return 0
-
-
-def data_of_run(folder: Path) -> dict[str, Any]:
-    """The data options that a saved run was trained with; none where its folder does not say."""
-    path = folder / RUN_FILE
-    if not path.is_file():
-        return {}
-    names = {field.name for field in dataclasses.fields(DataArguments)}
-    options = {name: value for name, value in read_yaml(path).items() if name in names}
-    return check_values(options, [DataArguments], str(path))
+    return evaluate(cohort, load_image_datasets(data_arguments), arguments)
 
 
 def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) -> dict[str, Any]:
@@ -91,17 +103,15 @@ def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) 
     Raises:
         InputError: no labelled test images, or other classes than the students know.
     """
-    if data.test is None or data.columns.label_column is None:
-        raise InputError(
-            f"dataset {data.name!r} has no labelled test images: name some with --test_split or --test_size"
-        )
+    test_images = check_labelled_test(data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for student in cohort.students:
         student.to(device)
-    test = make_source(data.test, data.columns, cohort.preprocessing, name="test")
+    test = make_source(test_images, data.columns, cohort.preprocessing, name="test")
     settings: dict[str, float] = {}
     if arguments.protocol == "accuracy":
-        _check_classes(cohort, data)
+        mend = "evaluate on the data it was trained for, or use --protocol linear-probe"
+        check_classes(cohort.students[0].config, data, "the checkpoint", mend)
         metrics = _accuracies(cohort, test, device, arguments.batch_size)
     else:
         if data.columns.multi_label:
@@ -149,7 +159,7 @@ def _probes(
     metrics: dict[str, float] = {}
     settings: dict[str, float] = {}
     for number, student in enumerate(cohort.students):
-        pooled = partial(_pooled_features, ClassifierAdapter(student))
+        pooled = _pooled_features(student)
         features, labels = outputs_over(train, pooled, device, arguments.batch_size)
         test_features, test_labels = outputs_over(test, pooled, device, arguments.batch_size)
         assert labels is not None and test_labels is not None  # one label column serves all splits
@@ -157,17 +167,9 @@ def _probes(
     return metrics, settings
 
 
-def _pooled_features(adapter: ClassifierAdapter, pixel_values: Tensor) -> Tensor:
-    return adapter(pixel_values).pooled
-
-
-def _check_classes(cohort: Cohort, data: ImageDatasets) -> None:
-    known = [cohort.students[0].config.id2label[number] for number in range(cohort.students[0].config.num_labels)]
-    names = list(data.columns.class_names or ())
-    if len(known) != len(names):
-        raise InputError(
-            f"the checkpoint knows {len(known)} classes and {data.name!r} has {len(names)}: evaluate on the data it "
-            "was trained for, or use --protocol linear-probe"
-        )
-    if known != names:
-        print(f"hfkd: note: class names differ, and are matched by position: {known} and {names}", file=sys.stderr)
+def _pooled_features(student: Any) -> Callable[[Tensor], Tensor]:
+    """From images (N, C, H, W) to what a probe reads (N, D): pooled features, of gradient features those of the base."""
+    if student.config.model_type == HfkdGradientFeaturesConfig.model_type:
+        return student.base_model.features  # type: ignore[no-any-return]
+    adapter = ClassifierAdapter(student)
+    return lambda pixel_values: adapter(pixel_values).pooled

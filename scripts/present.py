@@ -38,8 +38,13 @@ def describe_metrics(metrics: Mapping[str, float], n: int) -> str:
     """The accuracies or precisions as `describe_accuracies` has them; where there are none, every metric."""
     if accuracy_rows(metrics, n) or precision_rows(metrics):
         return describe_accuracies(metrics, n)
+    return describe_all(metrics, f"{n:,} test images")
+
+
+def describe_all(metrics: Mapping[str, float], measured_on: str) -> str:
+    """One line per metric, as it is."""
     width = max(map(len, metrics)) + 2
-    return "\n".join([f"on {n:,} test images", *(f"  {name:<{width}}{value:.4g}" for name, value in metrics.items())])
+    return "\n".join([f"on {measured_on}", *(f"  {name:<{width}}{value:.4g}" for name, value in metrics.items())])
 
 
 def describe_accuracies(metrics: Mapping[str, float], n: int) -> str:

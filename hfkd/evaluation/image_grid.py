@@ -31,3 +31,24 @@ def image_grid(images: Tensor, columns: int | None = None) -> Any:
         top, left = (number // columns) * (height + 1), (number % columns) * (width + 1)
         grid[0, :, top : top + height, left : left + width] = image
     return GeneratorPreTrainedModel.to_pil(grid)[0]
+
+
+def class_grid(images: Tensor, labels: Tensor) -> Any:
+    """The grid of images (N, C, H, W) in [-1, 1] with a row for each class in `labels` (N,), by number."""
+    classes, counts = labels.unique(return_counts=True)
+    columns = int(counts.max())
+    rows = images.new_ones(len(classes), columns, *images.shape[1:])  # white where a class has fewer
+    for row, number, count in zip(rows, classes, counts, strict=True):
+        row[:count] = images[labels == number]
+    return image_grid(rows.flatten(0, 1), columns)
+
+
+def nearest_image_grid(samples: Tensor, nearest: Tensor) -> Any:
+    """The grid whose rows are a sample and its `nearest` training images, from the left.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1].
+        nearest: (N, k, C, H, W) in [-1, 1], the nearest first.
+    """
+    rows = torch.cat([samples[:, None], nearest.to(samples)], dim=1)
+    return image_grid(rows.flatten(0, 1), columns=rows.shape[1])

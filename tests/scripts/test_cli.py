@@ -87,7 +87,7 @@ def test_no_command_prints_the_usage(capsys):
     assert all(f"  {command} " in usage for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "push", "study", "benchmark", "demo", "env"])
+@pytest.mark.parametrize("command", ["evaluate", "sample", "push", "study", "benchmark", "demo", "env"])
 def test_every_command_has_help(capsys, command):
     assert main([command, "--help"]) == 0
     assert f"hfkd {command}" in capsys.readouterr().out
