@@ -16,14 +16,16 @@ from hfkd.hub.hardware import hardware_line, versions_line
 from hfkd.hub.publish import card_repo_line
 
 from .curve import plot_history
-from .data import CardData, Method, Parent, Picture
+from .data import HUB_METRICS, CardData, Method, Parent, Picture
 from .encoder_usage import encoder_usage
+from .generator_usage import generator_usage
 
 
 logger = logging.getLogger(__name__)
 
 CURVE_FILE = "curve.png"
 TASK = Method.task
+GENERATION = "unconditional-image-generation"
 
 
 def write_card(data: CardData, folder: Path | str) -> Path:
@@ -80,10 +82,15 @@ def _metadata(data: CardData) -> ModelCardData:
         tags=list(dict.fromkeys([*data.method.tags, data.method.task, "vision", f"arxiv:{data.method.arxiv_id}"])),
         base_model=list(dict.fromkeys(base_models)) or None,
         datasets=[data.data.hub_id] if data.data and data.data.hub_id else None,
-        metrics=list(dict.fromkeys(measured.metric_id for measured in data.measurements)) or None,
+        metrics=_hub_metrics(data) or None,
         model_name=_title(data) if results else None,
         eval_results=results or None,
     )
+
+
+def _hub_metrics(data: CardData) -> list[str]:
+    ids = dict.fromkeys(measured.metric_id for measured in data.measurements)
+    return [name for name in ids if name in HUB_METRICS]
 
 
 def _eval_results(data: CardData) -> list[EvalResult]:
@@ -110,7 +117,9 @@ def _title(data: CardData) -> str:
 def _summary(data: CardData) -> str:
     count = len(data.students)
     what = "An image classifier, trained" if count == 1 else f"{count} image classifiers, trained together"
-    if data.method.task != TASK:
+    if data.method.task == GENERATION:
+        what = "A generator of images of classes, made without data"
+    elif data.method.task != TASK:
         what = "An image encoder, trained without labels"
     where = f" on {_linked_data(data)}" if data.data else ""
     method = f"[{data.method.name}](https://arxiv.org/abs/{data.method.arxiv_id})"
@@ -136,7 +145,7 @@ def _networks(data: CardData) -> str:
 
 def _usage(data: CardData) -> str:
     if data.method.task != TASK:
-        return encoder_usage(data)
+        return generator_usage(data) if data.method.task == GENERATION else encoder_usage(data)
     revision = f", revision={json.dumps(data.revision)}" if data.revision else ""
     # One consent covers a repo: the code of every family lies at its root.
     consent = ", trust_remote_code=True" if any(student.custom_code for student in data.students) else ""
@@ -173,7 +182,8 @@ def _results(data: CardData) -> str:
         subjects = dict.fromkeys(measured.subject for measured in here)
         rows = [(subject, *(values.get((subject, metric), "") for metric in metrics)) for subject in subjects]
         size = data.data.splits.get(split) if data.data else None
-        title = f"On the {split} split" + (f" ({size:,} images):" if size else ":")
+        where = "fixed draws" if data.method.task == GENERATION else f"the {split} split"
+        title = f"On {where}" + (f" ({size:,} images):" if size else ":")
         tables.append(f"{title}\n\n{_table(('', *metrics), rows)}")
     return "\n\n".join(tables)
 

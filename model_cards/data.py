@@ -33,13 +33,20 @@ _SINGLE_METRICS = {
     "accuracy": _METRICS["accuracy"],
     "top5_accuracy": _METRICS["top5"],
     "mean_average_precision": _METRICS["mean_average_precision"],
-    "mean_average_precision_11_point": ("mean_average_precision_11_point", "Mean average precision (11 points)"),
+    "mean_average_precision_11_point": ("mean_average_precision", "Mean average precision (11 points)"),
+    "min_margin": ("min_margin", "Smallest margin"),
+    "median_margin": ("median_margin", "Median margin"),
+    "sqrt_stationarity": ("sqrt_stationarity", "Part of the classifier's weights left unexplained (sqrt of L_st)"),
+    "duality": ("duality", "Duality loss"),
+    "self_accuracy": ("self_accuracy", "Agreement of the classifier with the labels"),
 }
 # Those of networks that work together, and are measured together.
 _JOINT_METRICS = {
     "reconstruction_error": ("mse", "Mean squared reconstruction error (pixels in [-1, 1])"),
     "elbo": ("elbo", "Evidence lower bound (nats per image)"),
 }
+# Of the ids above, those of the Hub's own list, https://hf.co/metrics; the others stand in the model-index alone.
+HUB_METRICS = frozenset({"accuracy", "mse"})
 # Settings that say where a run lies or who ran it, not what it computes.
 _NOT_HYPERPARAMETERS = re.compile(
     r".*token.*|.*_dir|hub_.*|push_to_hub.*|run_name|report_to|resume_from_checkpoint|disable_tqdm|do_\w+"

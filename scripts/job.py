@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
-from hfkd.data import ImageSource
+from hfkd.data import ImageSource, KeyedDraws
 from hfkd.trainers.base import DistillationTrainer
 
 
 @dataclass
 class Job:
-    """A trainer that is ready to train, its training images, and the images that it is measured on at the end."""
+    """A trainer that is ready to train, its training images, and the images that it is measured on at the end.
+
+    A method without data has no training images, and is measured on draws.
+    """
 
     trainer: DistillationTrainer
-    train: ImageSource
-    test: ImageSource | None
+    train: ImageSource | None
+    test: ImageSource | KeyedDraws | None

@@ -23,7 +23,8 @@ class Method:
     """Where a method's parts are, as `module:name`.
 
     `config`: its Config dataclass. `setup`: the dataclass of its own options for the command (which networks).
-    `build`: `build(config, data, setup) -> Job`, which loads the data and makes the Trainer. `benchmark` and `demo`:
+    `data`: that of its data options; None for a method that sees no data. `build`: `build(config, data, setup) -> Job`
+    (`build(config, setup)` without data), which loads the data and makes the Trainer. `benchmark` and `demo`:
     functions behind the subcommands of these names, where the method has them. `metrics`: what a study of the method
     shows unless it names others.
     """
@@ -36,6 +37,7 @@ class Method:
     benchmark: str | None = None
     demo: str | None = None
     metrics: tuple[str, ...] = ("accuracy",)
+    data: str | None = "hfkd.data:DataArguments"
 
     @property
     def name(self) -> str:
@@ -47,8 +49,8 @@ class Method:
         return RECIPES / self.stem
 
     def dataclasses(self) -> list[type]:
-        """Config, data options and set-up, in the order in which `--help` shows them."""
-        return [_load(self.setup), _load("hfkd.data:DataArguments"), _load(self.config)]
+        """Set-up, data options (if any) and Config, in the order in which `--help` shows them."""
+        return [_load(part) for part in (self.setup, self.data, self.config) if part is not None]
 
     def load(self, part: str) -> Any:
         """The object behind `build`, `benchmark` or `demo`. Raises `InputError` where the method has none."""
@@ -96,6 +98,22 @@ METHODS = {
             setup="hfkd.scripts.encoders:VaeArguments",
             build="hfkd.scripts.encoders:build_vae",
             metrics=("elbo", "reconstruction_error"),
+        ),
+        Method(
+            stem="max_margin",
+            summary="Full-batch training of a classifier to a maximum margin: what a generator can be born from",
+            config="hfkd.trainers.max_margin:MaxMarginConfig",
+            setup="hfkd.scripts.max_margin:MaxMarginArguments",
+            build="hfkd.scripts.max_margin:build",
+        ),
+        Method(
+            stem="generator_from_classifier",
+            summary="GBC: a generator of images by class, from a trained classifier's weights and no data at all",
+            config="hfkd.trainers.generator_from_classifier:GeneratorFromClassifierConfig",
+            setup="hfkd.scripts.generator_from_classifier:GeneratorFromClassifierArguments",
+            build="hfkd.scripts.generator_from_classifier:build",
+            metrics=("sqrt_stationarity", "self_accuracy"),
+            data=None,
         ),
     ]
 }

@@ -55,7 +55,9 @@ class Study:
 
     @property
     def dataset(self) -> str:
-        """The data's name for the results: of a local folder only its last part."""
+        """The data's name for the results: of a local folder only its last part; `none` of a method without data."""
+        if self.method.data is None:
+            return "none"
         (data_arguments,) = (kind for kind in self.method.dataclasses() if kind.__name__ == "DataArguments")
         default = next(item.default for item in dataclasses.fields(data_arguments) if item.name == "dataset_name")
         name = str(next(iter(self.arms.values())).get("dataset_name", default))

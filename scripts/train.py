@@ -14,7 +14,7 @@ from hfkd.trainers.checkpointing import holds_students
 from .job import Job
 from .methods import METHODS, Method, find_method
 from .options import RUN_FILE, build, read_options, read_yaml, resolved, write_run_file
-from .present import describe_metrics
+from .present import describe_all, describe_metrics
 from .results import write_atomically
 
 
@@ -30,8 +30,9 @@ def run(argv: list[str]) -> int:
     method = find_method(argv[0])
     values = read_options(method.dataclasses(), argv[1:], f"hfkd train {method.name}", method.recipes)
     results = train(method, values)
-    if results["metrics"]:
-        print(describe_metrics(results["metrics"], results["n_test"]))
+    metrics, count = results["metrics"], results["n_test"]
+    if metrics:
+        print(describe_metrics(metrics, count) if method.data else describe_all(metrics, f"{count:,} fixed draws"))
     return 0
 
 
@@ -49,8 +50,8 @@ def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dic
     """
     logging.disable_progress_bar()  # one for each weights file; that of the training stays
     kinds = method.dataclasses()
-    setup, data_arguments, config = build(kinds, values)
-    job: Job = method.load("build")(config, data_arguments, setup)
+    setup, *data_arguments, config = build(kinds, values)
+    job: Job = method.load("build")(config, *data_arguments, setup)
     trainer = job.trainer
     options = resolved(kinds, values)
     if not show_logs:
@@ -66,7 +67,7 @@ def train(method: Method, values: dict[str, Any], show_logs: bool = True) -> dic
     trainer.save_model(_internal_call=True)  # the push comes last, when nothing is left to lose
     results = {
         "metrics": _strip(metrics),
-        "n_train": len(job.train),
+        "n_train": len(job.train) if job.train is not None else 0,
         "n_test": len(job.test) if job.test is not None else 0,
         "wall_s": None if resume else outcome.metrics["train_runtime"],
     }

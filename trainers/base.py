@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hfkd.data import Augmentation, ImageSource, collate, set_sampler_epoch
+from hfkd.data import Augmentation, ImageSource, KeyedDraws, collate, set_sampler_epoch
 from hfkd.errors import InputError, RunError
 
 from .best_metric import check_metric_for_best_model
@@ -65,6 +65,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
     _tag_names: ClassVar[Sequence[str]]
     _template_file: ClassVar[str]
     evaluates_labels: ClassVar[bool] = True  # whether `evaluation_metrics` looks at them
+    sees_images: ClassVar[bool] = True  # False: a run on draws alone, see `DrawsOnlyTrainer`
     # The losses are weighted by each micro-batch's share of the update's images.
     loss_is_scaled_for_ga = True
 
@@ -94,7 +95,8 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
         if args.should_save:
             check_output_dir(args.output_dir)
         self.data_seed = args.seed if args.data_seed is None else args.data_seed
-        self.preprocessing = preprocessing_of(train_dataset, processing_class, networks.config)
+        if self.sees_images:
+            self.preprocessing = preprocessing_of(train_dataset, processing_class, networks.config)
         if processing_class is None and isinstance(train_dataset, ImageSource):
             processing_class = self.preprocessing.to_image_processor()
         # Trainer's __init__ sets these too, but the datasets are decoded before it starts.
@@ -341,7 +343,7 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
         broadcast_buffers(self.model)  # what is measured is what a save would hold
         self.callback_handler.eval_dataloader = dataloader
         source = dataloader.dataset
-        assert isinstance(source, ImageSource)  # get_eval_dataloader makes it one
+        assert isinstance(source, ImageSource | KeyedDraws)  # get_eval_dataloader makes it one
         parts: list[tuple[dict[str, Tensor], Tensor]] = []
         with torch.no_grad():
             for inputs in dataloader:

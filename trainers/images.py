@@ -11,6 +11,7 @@ from transformers import Trainer
 from hfkd.data import (
     Augmentation,
     ImageSource,
+    KeyedDraws,
     KeyedSampler,
     Preprocessing,
     find_columns,
@@ -80,12 +81,13 @@ class ImageLoading(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
 
-    def _loader(self, source: ImageSource, batch_size: int, *, train: bool) -> DataLoader:
+    def _loader(self, source: ImageSource | KeyedDraws, batch_size: int, *, train: bool) -> DataLoader:
         workers = self.args.dataloader_num_workers
+        shuffle = train and isinstance(source, ImageSource)  # draws have no order
         loader = DataLoader(
             source,
             batch_size=batch_size,
-            sampler=KeyedSampler(len(source), seed=self.data_seed, shuffle=train),
+            sampler=KeyedSampler(len(source), seed=self.data_seed, shuffle=shuffle),
             collate_fn=self.data_collator,
             num_workers=workers,
             drop_last=train and self.args.dataloader_drop_last,
@@ -96,7 +98,7 @@ class ImageLoading(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _materialise(self, source: ImageSource, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _materialise(self, source: ImageSource | KeyedDraws, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Small images are gathered and augmented here, on the device and as one batch."""
         parameter = next(self.model.students.parameters())
         batch = source.materialise(inputs, device=parameter.device, dtype=parameter.dtype)

@@ -90,7 +90,7 @@ class TrainingNetworks(nn.Module):
         self,
         students: Sequence[PreTrainedModel],
         training_only: Mapping[str, nn.Module] | None = None,
-        teachers: Sequence[FrozenTeacher] = (),
+        teachers: Sequence[nn.Module] = (),
         folders: Sequence[str] | None = None,
     ) -> None:
         super().__init__()

@@ -47,6 +47,14 @@ class NamedOptimizers:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
         self.accumulate(name, parameters, gradients)
 
+    def backward_once(self, loss: Tensor) -> None:
+        """Add the gradients of one loss to every optimizer by a single backward pass."""
+        owned = {name: self.parameters(name) for name in self.optimizers}
+        everything = [parameter for parameters in owned.values() for parameter in parameters]
+        gradients = iter(torch.autograd.grad(loss, everything, allow_unused=True))
+        for name, parameters in owned.items():
+            self.accumulate(name, parameters, [next(gradients) for _ in parameters])
+
     def gradients(self, name: str) -> dict[nn.Parameter, Tensor]:
         """What optimizer `name` has accumulated since its last step."""
         return self._gradients[name]

@@ -4,6 +4,7 @@ from .arguments import DataArguments
 from .augmentation import Augmentation, ResizedCrop, SquareCrop
 from .build import ImageSources, augmentation_for, build_sources
 from .columns import ImageColumns, find_columns, read_labels
+from .draws import KeyedDraws
 from .keyed_random import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
 from .loading import ImageDatasets, load_digits, load_image_datasets, split_image_datasets
 from .preprocessing import STATISTICS, Preprocessing
@@ -20,6 +21,7 @@ __all__ = [
     "ImageDatasets",
     "ImageSource",
     "ImageSources",
+    "KeyedDraws",
     "KeyedSampler",
     "Preprocessing",
     "ResidentImages",

@@ -68,6 +68,9 @@ class DataArguments:
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many of the training rows, stratified by class."}
     )
+    train_per_class: int | None = field(
+        default=None, metadata={"help": "Train on exactly this many of the training rows of each class."}
+    )
     split_seed: int = field(
         default=0, metadata={"help": "Seed of the held-out rows, apart from the training seed so that runs compare."}
     )
@@ -106,7 +109,13 @@ class DataArguments:
             size = getattr(self, name)
             if size is not None and (size < 0 or (size > 1 and size != int(size))):
                 raise InputError(f"{name} {size} is neither a fraction below 1 nor a number of rows")
-        for name, least in (("max_train_samples", 1), ("image_size", 1), ("crop_padding", 0)):
+        if self.train_per_class is not None and self.max_train_samples is not None:
+            raise InputError(
+                f"train_per_class {self.train_per_class} and max_train_samples {self.max_train_samples} both choose "
+                "the training rows: give one of them"
+            )
+        least_values = {"max_train_samples": 1, "train_per_class": 1, "image_size": 1, "crop_padding": 0}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} {value} is too small: give at least {least}")

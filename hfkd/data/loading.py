@@ -12,7 +12,7 @@ from hfkd.errors import InputError
 
 from .arguments import DataArguments
 from .columns import ImageColumns, find_columns, read_labels
-from .splits import Rows, check_disjoint, hold_out, select_rows, split_names, take_rows
+from .splits import Rows, check_disjoint, hold_out, select_rows, split_names, take_per_class, take_rows
 
 
 DIGITS = "digits"
@@ -114,6 +114,9 @@ def split_image_datasets(
         move("subset", "max_train_samples", args.max_train_samples)
         parts["train"] = parts.pop("subset")
         origins["train"] = origins.pop("subset")
+    if args.train_per_class is not None:
+        parts["train"] = _per_class(parts["train"], stored, columns, args)
+        origins["train"] = f"train_per_class {args.train_per_class} of {args.train_split}, seed {args.split_seed}"
 
     made = {part: take_rows(rows, stored) for part, rows in parts.items()}
     for part, dataset in made.items():
@@ -126,6 +129,20 @@ def split_image_datasets(
         name=args.dataset_name,
         is_hub_id=is_hub_id,
         provenance=_provenance(args, parts, origins),
+    )
+
+
+def _per_class(rows: Rows, stored: Mapping[str, datasets.Dataset], columns: ImageColumns, args: DataArguments) -> Rows:
+    """`train_per_class` of the training rows of each class."""
+    labels = None if columns.multi_label else read_labels(take_rows(rows, stored), columns, "train")
+    if labels is None:
+        raise InputError(
+            f"train_per_class {args.train_per_class} needs images with one label each: name the label column, or give "
+            "max_train_samples"
+        )
+    assert args.train_per_class is not None and columns.class_names is not None  # labels have names
+    return take_per_class(
+        "train_per_class", args.train_per_class, rows, labels.numpy(), columns.class_names, args.split_seed
     )
 
 

@@ -1,6 +1,6 @@
 """Rows of splits as arrays of numbers: slicing, overlap and stratified hold-out before any image is touched."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -92,7 +92,7 @@ def hold_out(option: str, size: float, rows: Rows, labels: np.ndarray | None, se
     count = int(size) if size >= 1 else max(1, round(size * len(rows)))
     if count >= len(rows):
         raise InputError(f"{option} {size:g} leaves none of {len(rows):,} rows: make it smaller")
-    draws = keyed_uniform(seed, 0, torch.from_numpy(rows), SPLIT_STREAM, 1)[:, 0].numpy()
+    draws = _draws(rows, seed)
     classes = np.zeros(len(rows), dtype=np.int64) if labels is None else labels
     by_class = np.lexsort((draws, classes))
     starts, sizes = np.unique(classes[by_class], return_index=True, return_counts=True)[1:]
@@ -103,3 +103,36 @@ def hold_out(option: str, size: float, rows: Rows, labels: np.ndarray | None, se
     held = np.zeros(len(rows), dtype=bool)
     held[np.lexsort((draws, height))[:count]] = True
     return rows[~held], rows[held]
+
+
+def take_per_class(
+    option: str, count: int, rows: Rows, labels: np.ndarray, class_names: Sequence[str], seed: int
+) -> Rows:
+    """Exactly `count` of the rows of each class, in their former order; seeded as `hold_out` is.
+
+    Args:
+        option: name of the option for error messages.
+        count: rows of each class, at least 1.
+        rows: (N,).
+        labels: class of each row, (N,).
+        class_names: of all classes, in the order of the labels.
+        seed: of the choice, which depends on nothing else.
+
+    Raises:
+        InputError: a class has fewer rows.
+    """
+    sizes = np.bincount(labels, minlength=len(class_names))
+    if sizes.min() < count:
+        poorest = int(sizes.argmin())
+        raise InputError(
+            f"{option} {count}: class {class_names[poorest]!r} has {sizes[poorest]:,} training rows: ask for fewer"
+        )
+    draws = _draws(rows, seed)
+    places = (np.flatnonzero(labels == number) for number in range(len(class_names)))
+    chosen = np.concatenate([place[np.argsort(draws[place])[:count]] for place in places])
+    return rows[np.sort(chosen)]
+
+
+def _draws(rows: Rows, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each row, of the row and the seed alone."""
+    return keyed_uniform(seed, 0, torch.from_numpy(rows), SPLIT_STREAM, 1)[:, 0].numpy()

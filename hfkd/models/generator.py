@@ -28,7 +28,8 @@ class GeneratorPreTrainedModel(PreTrainedModel):
     """A generator's `forward(latents, labels=None)` is a function of its arguments and returns a `GeneratorOutput`.
 
     Its configuration has `latent_size`, `num_channels` and `image_size`. A family whose forward takes further random
-    inputs (noise in its layers) draws them in `draw_inputs` as well.
+    inputs (noise in its layers) draws them in `draw_inputs` as well; one whose images belong to classes says in
+    `conditions` what `sample` makes where it is given no labels.
     """
 
     main_input_name = "latents"
@@ -39,9 +40,17 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         """Random inputs of `forward` for `n` images, on the CPU; here `latents` from N(0, I)."""
         return {"latents": torch.randn(n, self.config.latent_size, generator=generator)}
 
+    def conditions(self, n: int, labels: Sequence[int] | torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """What is asked of `n` images, as inputs of `forward` on the CPU; here `labels` (n,), where they are given."""
+        return {} if labels is None else {"labels": torch.as_tensor(labels)}
+
     @torch.no_grad()
     def sample(
-        self, n: int, labels: Sequence[int] | torch.Tensor | None = None, seed: int | None = None
+        self,
+        n: int,
+        labels: Sequence[int] | torch.Tensor | None = None,
+        seed: int | None = None,
+        **conditions: Any,
     ) -> torch.Tensor:
         """`n` images (n, C, H, W) in [-1, 1], in evaluation mode; the global random state is left alone.
 
@@ -49,6 +58,10 @@ class GeneratorPreTrainedModel(PreTrainedModel):
             n: how many.
             labels: n class numbers, for generators of classes.
             seed: of the draws, which are made on the CPU and so are the same on every device; None: a fresh one.
+            conditions: what else the family's `conditions` takes.
+
+        Raises:
+            ValueError: labels or other conditions that the generator does not know.
         """
         generator = torch.Generator()
         if seed is None:
@@ -57,8 +70,8 @@ class GeneratorPreTrainedModel(PreTrainedModel):
             generator.manual_seed(seed)
         drawn = self.draw_inputs(n, generator)
         inputs: dict[str, Any] = {name: value.to(self.device, self.dtype) for name, value in drawn.items()}
-        if labels is not None:
-            inputs["labels"] = torch.as_tensor(labels, device=self.device)
+        asked = self.conditions(n, labels, **conditions)
+        inputs |= {name: value.to(self.device) for name, value in asked.items()}
         modes: dict[nn.Module, bool] = {module: module.training for module in self.modules()}
         self.eval()
         try:

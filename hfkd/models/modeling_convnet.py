@@ -112,8 +112,12 @@ class ConvNetForImageClassification(ConvNetPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.backbone = self.backbone_class(config)
-        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
+        self.classifier = self.make_classifier(config)
         self.post_init()
+
+    def make_classifier(self, config: ConvNetConfig) -> nn.Linear:
+        """The layer from the pooled feature to the logits."""
+        return nn.Linear(config.hidden_sizes[-1], config.num_labels)
 
     @can_return_tuple
     def forward(

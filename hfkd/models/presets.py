@@ -1,8 +1,8 @@
 """Students by name: presets with fresh weights, or any image classifier from a folder or the Hub."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hfkd.errors import InputError
 from hfkd.models.modeling_bigan_encoder import HfkdBiganEncoderForImageClassification
+from hfkd.models.modeling_mlp import HfkdMlpForImageClassification
 from hfkd.models.modeling_resnet import HfkdResNetForImageClassification
 from hfkd.models.modeling_vae_encoder import HfkdVaeEncoderForImageClassification
 from hfkd.models.modeling_wide_resnet import HfkdWideResNetForImageClassification
@@ -66,6 +67,15 @@ _ENCODERS = {
     "vae_encoder_8px": StudentPreset(HfkdVaeEncoderForImageClassification, {"depth": 32, "scales": 1}),
 }
 
+# Whose weights can be explained by a maximum margin: with batch norm, with a small start, or (plain) by weight decay.
+_MLPS = {
+    "mlp": StudentPreset(HfkdMlpForImageClassification),
+    "mlp_bn": StudentPreset(HfkdMlpForImageClassification, {"norm": "batch"}),
+    "mlp_small_first": StudentPreset(
+        HfkdMlpForImageClassification, {"bias": "first", "initial_scales": [0.05, 1.0, 1.0]}
+    ),
+}
+
 STUDENT_PRESETS: dict[str, StudentPreset] = {
     **{f"resnet{depth}": _cifar_resnet(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet18_cifar": _imagenet_resnet([2, 2, 2, 2], stem="cifar"),
@@ -77,6 +87,7 @@ STUDENT_PRESETS: dict[str, StudentPreset] = {
         for depth, widen_factor in ((10, 2), (16, 2), (16, 4), (28, 2), (28, 4), (40, 2))
     },
     **_ENCODERS,
+    **_MLPS,
 }
 
 
@@ -89,6 +100,7 @@ def build_student(
     seed: int = 0,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """An image classifier for `class_names` that takes (N, num_channels, image_size, image_size).
 
@@ -101,10 +113,12 @@ def build_student(
         seed: seed of the fresh weights. The global random state is left as it was.
         trust_remote_code: whether the checkpoint may run its own Python code.
         revision: branch, tag or commit on the Hub.
+        settings: fields of the configuration that go over the preset's, such as `{"norm": "none"}`.
 
     Raises:
-        InputError: the name is unknown, the checkpoint is missing, is not an image classifier, has no safetensors
-            weights or needs remote code that was not allowed, or the model cannot take the images.
+        InputError: the name is unknown, a setting is unknown or was given for a checkpoint, the checkpoint is missing,
+            is not an image classifier, has no safetensors weights or needs remote code that was not allowed, or the
+            model cannot take the images.
     """
     class_names = [str(name) for name in class_names]
     if len(set(class_names)) != len(class_names) or len(class_names) < 2:
@@ -117,15 +131,33 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if name_or_path in STUDENT_PRESETS:
-            preset = STUDENT_PRESETS[name_or_path]
             sizes = {"image_size": image_size, "num_channels": num_channels}
-            model = preset.model_class(preset.model_class.config_class(**preset.settings, **sizes, **labels))
+            model = _fresh(name_or_path, {**(settings or {}), **sizes, **labels})
+        elif settings:
+            _check_name(name_or_path)
+            raise InputError(
+                f"student {name_or_path!r} is a checkpoint, which has its own {', '.join(settings)}: leave out"
+            )
         else:
             model = _load(name_or_path, trust_remote_code=trust_remote_code, revision=revision, **labels)
     pixels = probe_pixels(model, image_size, num_channels)
     with undisturbed(model), image_errors(model, pixels):
         model(pixel_values=pixels)
     return model
+
+
+def _fresh(name: str, settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The preset `name` with fresh weights; `settings` go over its own."""
+    preset = STUDENT_PRESETS[name]
+    config_class = preset.model_class.config_class
+    known = {field.name for field in fields(config_class)}
+    if unknown := sorted(settings.keys() - known):
+        raise InputError(f"preset {name!r} has no {unknown[0]}: leave it out, or choose another preset")
+    try:
+        config = config_class(**{**preset.settings, **settings})
+    except ValueError as error:
+        raise InputError(f"preset {name!r}: {one_line(error)}") from error
+    return preset.model_class(config)
 
 
 def _load(name_or_path: str, *, trust_remote_code: bool, revision: str | None, **labels: Any) -> PreTrainedModel:

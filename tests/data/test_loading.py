@@ -116,6 +116,26 @@ def test_max_train_samples_leaves_the_held_out_parts_alone() -> None:
     assert numbers(many.train) == numbers(whole.train)
 
 
+def test_train_per_class_is_exact_seeded_and_leaves_the_held_out_parts_alone() -> None:
+    stored = {"train": pictures([0] * 30 + [1] * 9 + [2] * 21)}
+
+    def few(**settings: Any) -> ImageDatasets:
+        arguments = {"validation_size": 6, "train_per_class": 5, **settings}
+        return split_image_datasets(stored, DataArguments("x", **arguments))
+
+    whole, data = few(train_per_class=None), few()
+    assert torch.bincount(labels_of(data.train, data)).tolist() == [5, 5, 5]
+    assert numbers(data.train) == sorted(numbers(data.train)) and set(numbers(data.train)) < set(numbers(whole.train))
+    assert numbers(data.validation) == numbers(whole.validation)
+    assert numbers(few().train) == numbers(data.train) != numbers(few(split_seed=1).train)
+    assert data.provenance["train"].startswith("train_per_class 5 of train, seed 0 (15 rows")
+    with pytest.raises(InputError, match="train_per_class 9: class 'bee' has 8 training rows: ask for fewer"):
+        few(train_per_class=9)
+    several = {"train": pictures([[0, 2], [], [1], [0, 1, 2]], List(THREE))}
+    with pytest.raises(InputError, match="train_per_class 1 needs images with one label each"):
+        split_image_datasets(several, DataArguments("x", validation_size=0, train_per_class=1))
+
+
 def test_stored_splits_are_found_by_name() -> None:
     stored = {"train": pictures([0, 1] * 5), "validation": pictures([2] * 3), "test": pictures([1] * 4)}
     data = split_image_datasets(stored, DataArguments("x"))
@@ -332,6 +352,8 @@ def test_arguments_parse_and_print_help() -> None:
         ({"validation_size": -0.1}, "validation_size -0.1"),
         ({"test_size": 1.5}, "test_size 1.5 is neither a fraction"),
         ({"max_train_samples": 0}, "max_train_samples 0 is too small"),
+        ({"train_per_class": 0}, "train_per_class 0 is too small"),
+        ({"train_per_class": 5, "max_train_samples": 50}, "both choose the training rows: give one of them"),
         ({"image_size": 0}, "image_size 0 is too small"),
         ({"augmentation": "mixup"}, "augmentation 'mixup' is unknown"),
         ({"padding_mode": "edge"}, "padding_mode 'edge' is unknown"),

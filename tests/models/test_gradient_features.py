@@ -14,6 +14,8 @@ from hfkd.models import (
     ClassifierAdapter,
     HfkdBiganEncoderConfig,
     HfkdBiganEncoderForImageClassification,
+    HfkdMlpConfig,
+    HfkdMlpForImageClassification,
     HfkdVaeEncoderConfig,
     HfkdVaeEncoderForImageClassification,
     build_gradient_features,
@@ -29,6 +31,7 @@ BASES = {
             hidden_sizes=[4, 6, 8], kernel_sizes=[5, 4, 4], strides=[2, 2, 1], initializer_range=0.2, num_labels=5
         )
     ),
+    "mlp": lambda: HfkdMlpForImageClassification(HfkdMlpConfig(hidden_sizes=[8, 6], norm="batch", num_labels=5)),
     "vae_encoder": lambda: HfkdVaeEncoderForImageClassification(HfkdVaeEncoderConfig(depth=2, scales=2, num_labels=5)),
 }
 SMOOTH = ("convnext", "vit")

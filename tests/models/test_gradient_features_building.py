@@ -38,6 +38,8 @@ from hfkd.models import (
     HfkdGradientFeaturesConfig,
     HfkdGradientFeaturesForImageClassification,
     HfkdGradientFeaturesModel,
+    HfkdMlpConfig,
+    HfkdMlpForImageClassification,
     HfkdVaeEncoderConfig,
     HfkdVaeEncoderForImageClassification,
     build_gradient_features,
@@ -378,6 +380,7 @@ SHARED = {
     "bigan_encoder": lambda: HfkdBiganEncoderForImageClassification(
         HfkdBiganEncoderConfig(hidden_sizes=[4, 6, 8], kernel_sizes=[5, 4, 4], strides=[2, 2, 1], num_labels=5)
     ),
+    "mlp": lambda: HfkdMlpForImageClassification(HfkdMlpConfig(hidden_sizes=[8, 6], norm="batch", num_labels=5)),
     "vae_encoder": lambda: HfkdVaeEncoderForImageClassification(HfkdVaeEncoderConfig(depth=2, scales=2, num_labels=5)),
 }
 

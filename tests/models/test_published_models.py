@@ -24,6 +24,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hfkd.models import (
+    HfkdMlpModel,
     HfkdResNetConfig,
     HfkdResNetForImageClassification,
     HfkdResNetModel,
@@ -51,6 +52,12 @@ CODE = {
         "modeling_convnet.py",
         "modeling_wide_resnet.py",
     },
+    "mlp": {"configuration_convnet.py", "configuration_mlp.py", "modeling_convnet.py", "modeling_mlp.py"},
+}
+A_WEIGHT = {
+    "resnet8": "backbone.stages.2.0.branch.0.weight",
+    "wrn_10_2": "backbone.stages.2.0.branch.0.weight",
+    "mlp": "backbone.stages.1.0.0.weight",
 }
 AUTO_MAPS = {
     "resnet8": {
@@ -62,6 +69,11 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_wide_resnet.HfkdWideResNetConfig",
         "AutoModel": "modeling_wide_resnet.HfkdWideResNetModel",
         "AutoModelForImageClassification": "modeling_wide_resnet.HfkdWideResNetForImageClassification",
+    },
+    "mlp": {
+        "AutoConfig": "configuration_mlp.HfkdMlpConfig",
+        "AutoModel": "modeling_mlp.HfkdMlpModel",
+        "AutoModelForImageClassification": "modeling_mlp.HfkdMlpForImageClassification",
     },
 }
 DIGITS = [str(digit) for digit in range(10)]
@@ -221,7 +233,7 @@ def test_plain_trainer_fine_tunes_and_its_output_loads(tmp_path, name):
     model = AutoModelForImageClassification.from_pretrained(
         tmp_path / "pretrained", num_labels=3, ignore_mismatched_sizes=True
     )
-    before = load_file(tmp_path / "pretrained" / "model.safetensors")["backbone.stages.2.0.branch.0.weight"]
+    before = load_file(tmp_path / "pretrained" / "model.safetensors")[A_WEIGHT[name]]
     images, labels = load_digits(n_class=3, return_X_y=True)
     data = [
         {"pixel_values": torch.tensor(image, dtype=torch.float32).view(1, 8, 8) / 16, "labels": int(label)}
@@ -249,12 +261,16 @@ def test_plain_trainer_fine_tunes_and_its_output_loads(tmp_path, name):
     assert tuned.config.num_labels == 3
     batch = torch.stack([row["pixel_values"] for row in data[:4]])
     assert torch.equal(tuned(batch).logits, model.eval()(batch).logits)
-    assert not torch.equal(tuned.state_dict()["backbone.stages.2.0.branch.0.weight"], before)
+    assert not torch.equal(tuned.state_dict()[A_WEIGHT[name]], before)
     assert {file.name for file in (tmp_path / "tuned").glob("*.py")} == CODE[name]
 
 
 def test_backbone_classes_load_from_classifier_weights(tmp_path):
-    for name, backbone_class in (("resnet8", HfkdResNetModel), ("wrn_10_2", HfkdWideResNetModel)):
+    for name, backbone_class in (
+        ("resnet8", HfkdResNetModel),
+        ("wrn_10_2", HfkdWideResNetModel),
+        ("mlp", HfkdMlpModel),
+    ):
         model = classifier(name)
         model.save_pretrained(tmp_path / name)
         backbone = backbone_class.from_pretrained(tmp_path / name)

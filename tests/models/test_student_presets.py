@@ -29,7 +29,7 @@ def test_presets_build_and_run(name):
 
 def test_preset_names_tell_the_depth():
     for name, preset in STUDENT_PRESETS.items():
-        if "encoder" in name:
+        if "encoder" in name or name.startswith("mlp"):
             continue
         config = preset.model_class.config_class(**preset.settings)
         if name.startswith("wrn"):
@@ -74,10 +74,22 @@ def test_folder_with_the_same_classes_keeps_its_head(tmp_path):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.state_dict().items())
 
 
+def test_settings_go_over_the_presets():
+    plain = build("resnet8", settings={"norm": "none", "hidden_sizes": [4, 8, 8]}).config
+    assert (plain.norm, plain.hidden_sizes, plain.depths) == ("none", [4, 8, 8], [1, 1, 1])
+    assert build("mlp_small_first", settings={"initial_scales": [1, 2, 3]}).config.bias == "first"
+
+
 def refused(name, message, **settings):
     with pytest.raises(InputError, match=message) as error:
         build(name, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_refuses_settings(tmp_path):
+    refused("mlp", "preset 'mlp' has no depths", settings={"depths": [1]})
+    refused("mlp_bn", "preset 'mlp_bn': norm='group' is unknown", settings={"norm": "group"})
+    refused(tmp_path, "is a checkpoint, which has its own norm, bias", settings={"norm": "none", "bias": "all"})
 
 
 def test_refuses_names():
