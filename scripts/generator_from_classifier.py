@@ -97,4 +97,7 @@ def _generator(
         raise InputError(" ".join(str(error).split())) from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(student_seed(config.seed, 0))
-        return HfkdConditionalGeneratorModel(made)
+        generator = HfkdConditionalGeneratorModel(made)
+    # Processors speak of pixels in [0, 1].
+    generator.start_at(torch.tensor([one.preprocessing.mean for one in found]).mean(dim=0) * 2 - 1)
+    return generator

@@ -166,7 +166,7 @@ class Checkpointing(Trainer):
 
     def save_students(self, folder: Path) -> None:
         """Write every student with its processor, and the code of every family at the root, into `folder`."""
-        students: list[Any] = list(self.model.students)
+        students = self.students_to_save()
         for subfolder, student in zip(self.model.folders, students, strict=True):
             # channels_last weights are strided, which safetensors refuses.
             weights = {key: value.contiguous() for key, value in student.state_dict().items()}
@@ -176,6 +176,10 @@ class Checkpointing(Trainer):
             if self.processing_class is not None and student.main_input_name == "pixel_values":
                 self.processing_class.save_pretrained(target)
         write_code(students, folder, self.model.folders)
+
+    def students_to_save(self) -> list[Any]:
+        """The students as they are written; a method may give copies of them."""
+        return list(self.model.students)
 
     def _save_training_state(self, folder: Path, generators: list[dict[str, Any]]) -> None:
         state = folder / STATE_FOLDER

@@ -184,6 +184,8 @@ class ConvergenceConditions(nn.Module):
         return {name: parameter.detach().requires_grad_() for name, parameter in named if name in wanted}
 
     def _temperature(self, logits: Tensor) -> float | Tensor:
+        if self.args.temperature == "exact":
+            return 1.0
         if self.args.temperature == "margin":
             return self.margin_scale / self.args.margin_temperature
         return logits.detach().std().clamp_min(LEAST_TEMPERATURE * self.margin_scale)

@@ -90,9 +90,12 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
             "(learned, of latents and class) or constant (one learned number); ours."
         },
     )
-    temperature: Literal["std", "margin"] = field(
+    temperature: Literal["exact", "std", "margin"] = field(
         default="std",
-        metadata={"help": "Of multipliers=ce: the logits' deviation, or margin_scale / margin_temperature (ours)."},
+        metadata={
+            "help": "Of multipliers=ce: exact (1, that of the classifier's training: what weight decay makes exact), "
+            "std (the logits' deviation), or margin (margin_scale / margin_temperature); ours."
+        },
     )
     margin_temperature: float = field(default=2.0, metadata={"help": "tau of temperature=margin (ours; 1 to 3)."})
     multiplier_learning_rate: float | None = field(
@@ -169,8 +172,8 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
             self.refuse_changed(("multiplier_learning_rate",), "multipliers=ce")
         else:
             self.refuse_changed(("temperature", "margin_temperature"), f"multipliers={self.multipliers}")
-        if self.temperature == "std":
-            self.refuse_changed(("margin_temperature",), "temperature=std")
+        if self.temperature != "margin":
+            self.refuse_changed(("margin_temperature",), f"temperature={self.temperature}")
         if self.stationarity_set == "all":
             self.refuse_changed(("zero_weight",), "stationarity_set=all")
         if self.stationarity_set != "custom":

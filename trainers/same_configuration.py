@@ -10,7 +10,10 @@ from hfkd.errors import InputError
 
 # What a configuration records besides what its network computes; `problem_type` a trainer takes from the labels.
 _RECORDS = frozenset(
-    ("_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "torch_dtype", "transformers_version")
+    (
+        *("_name_or_path", "architectures", "auto_map", "dtype", "problem_type", "torch_dtype", "training_facts"),
+        "transformers_version",
+    )
 )
 _SHOWN = 60  # characters of a value
 
@@ -36,9 +39,11 @@ def check_same_configuration(where: Any, saved: PreTrainedConfig, own: PreTraine
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
+        if name in _RECORDS:
+            continue
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif name not in _RECORDS:
+        else:
             flat[prefix + name] = value
     return flat
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_bigan_encoder import HfkdBiganEncoderConfig
 from .configuration_convnet import check_choice, full_auto_map
+from .configuration_mlp import HfkdMlpConfig
 from .configuration_resnet import HfkdResNetConfig
 from .configuration_vae_encoder import HfkdVaeEncoderConfig
 from .configuration_wide_resnet import HfkdWideResNetConfig
@@ -18,7 +19,7 @@ NTK_SCALES = ("fan_out", "fan_in", "none")
 # Bases of this package's own: where it is not installed, transformers does not know their model types.
 OWN_BASES = {
     config.model_type: config
-    for config in (HfkdBiganEncoderConfig, HfkdResNetConfig, HfkdVaeEncoderConfig, HfkdWideResNetConfig)
+    for config in (HfkdBiganEncoderConfig, HfkdMlpConfig, HfkdResNetConfig, HfkdVaeEncoderConfig, HfkdWideResNetConfig)
 }
 
 

@@ -12,6 +12,9 @@ from .configuration_conditional_generator import HfkdConditionalGeneratorConfig
 from .generator import GeneratorOutput, GeneratorPreTrainedModel
 
 
+START_CONTRAST = 0.1  # of the images that `start_at` leaves, before tanh, against those of Kaiming's weights
+
+
 def make_upsampling(in_channels: int, out_channels: int, stride: int, *, bias: bool) -> nn.ConvTranspose2d:
     """Transposed convolution that makes a map exactly `stride` times as large."""
     return nn.ConvTranspose2d(in_channels, out_channels, stride + 2, stride, padding=1, bias=bias)
@@ -61,6 +64,18 @@ class HfkdConditionalGeneratorModel(GeneratorPreTrainedModel):
                 nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @torch.no_grad()
+    def start_at(self, mean: torch.Tensor) -> None:
+        """Make fresh weights give nearly uniform images of colour `mean` (C,) in [-1, 1].
+
+        The mean pixel of a classifier's training images is in its normaliser. Images that start there are on its side
+        of grey, and the losses on its gradients tell them apart; from random images they may run into inverted ones.
+        """
+        layer = self.to_image if self.config.strides else self.to_image[1]
+        values = mean.double().clamp(1e-6 - 1, 1 - 1e-6).atanh()
+        layer.bias.copy_(values.repeat_interleave(len(layer.bias) // len(values)))
+        layer.weight.mul_(START_CONTRAST)
 
     def conditions(
         self,

@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_gradient_features import HfkdGradientFeaturesConfig
 from .linearization import WeightTree, ntk_scale, remove_folded_norms, take_classifier_away
 from .modeling_bigan_encoder import HfkdBiganEncoderForImageClassification
+from .modeling_mlp import HfkdMlpForImageClassification
 from .modeling_resnet import HfkdResNetForImageClassification
 from .modeling_vae_encoder import HfkdVaeEncoderForImageClassification
 from .modeling_wide_resnet import HfkdWideResNetForImageClassification
@@ -35,6 +36,7 @@ OWN_BASE_CLASSES = {
     model.config_class.model_type: model
     for model in (
         HfkdBiganEncoderForImageClassification,
+        HfkdMlpForImageClassification,
         HfkdResNetForImageClassification,
         HfkdVaeEncoderForImageClassification,
         HfkdWideResNetForImageClassification,

@@ -325,7 +325,8 @@ _POSITIVELY_HOMOGENEOUS = [
     *("relu", "relu_", "leaky_relu", "leaky_relu_", "abs", "neg", "dropout", "dropout_", "feature_dropout"),
     *(*_POOLS, "mean", "sum", "amax", "amin"),
     *("flatten", "view", "reshape", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze", "expand"),
-    *("repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "contiguous", "clone", "detach", "alias", "to"),
+    *("unflatten", "repeat", "flip", "roll", "pixel_shuffle", "pixel_unshuffle"),
+    *("contiguous", "clone", "detach", "alias", "to"),
     *("select", "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind", operator.getitem.__name__),
 ]
 _RULES: dict[str, _Rule] = {

@@ -45,6 +45,18 @@ def test_plans(image_size, channels, maps):
     assert len(model.layers) == 3 and len(model.blocks) + 1 == (1 if image_size == 1 else 3)
 
 
+@pytest.mark.parametrize(("image_size", "mean"), [(1, [0.5, -0.25]), (8, [-0.9]), (32, [-0.5, 0.0, 1.0])])
+def test_start_at_a_colour(image_size, mean):
+    model = generator(image_size, len(mean))
+    labels = torch.arange(64) % 3
+    latents = draws(model, 64)
+    before = model(latents, labels).images
+    model.start_at(torch.tensor(mean))
+    images = model(latents, labels).images
+    assert torch.allclose(images.mean(dim=(0, 2, 3)), torch.tensor(mean), atol=0.15)
+    assert 0 < images.std(dim=0).mean() < 0.3 * before.std(dim=0).mean()  # what differs still differs, but less
+
+
 def test_the_defaults_are_the_plan_of_28_pixels():
     assert HfkdConditionalGeneratorConfig.for_images(28).to_dict() == HfkdConditionalGeneratorConfig().to_dict()
 
