@@ -168,8 +168,8 @@ def _probes(
 
 
 def _pooled_features(student: Any) -> Callable[[Tensor], Tensor]:
-    """From images (N, C, H, W) to what a probe reads (N, D): pooled features, of gradient features those of the base."""
+    """From images (N, C, H, W) to pooled features (N, D), for gradient features those of their base."""
     if student.config.model_type == HfkdGradientFeaturesConfig.model_type:
-        return student.base_model.features  # type: ignore[no-any-return]
+        return student.base_model.features
     adapter = ClassifierAdapter(student)
     return lambda pixel_values: adapter(pixel_values).pooled

@@ -1,6 +1,6 @@
 """Whether networks, images and batches fit each other: found out before a run starts, not in its first step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -95,23 +95,29 @@ def check_labels(name: str, dataset: Any, num_labels: int, *, several_labels: bo
         num_labels: the networks' classes.
         several_labels: whether the method also takes data with several labels for each image.
     """
-    if isinstance(dataset, dict):
-        for part, one in dataset.items():
-            check_labels(f"{name}[{part!r}]", one, num_labels, several_labels=several_labels)
-    elif dataset is not None:
-        columns = columns_of(name, dataset)
+    for part, one in parts_of(name, dataset):
+        columns = columns_of(part, one)
         if columns.num_labels is None:
-            raise InputError(f"{name} has no labels: name its label column, or choose labelled data")
+            raise InputError(f"{part} has no labels: name its label column, or choose labelled data")
         if columns.multi_label and not several_labels:
             raise InputError(
-                f"{name} has several labels for each image (column {columns.label_column!r}), and this method is for "
+                f"{part} has several labels for each image (column {columns.label_column!r}), and this method is for "
                 "one: choose a column of ClassLabel"
             )
         if columns.num_labels != num_labels:
             raise InputError(
-                f"{name} has {columns.num_labels} classes and the networks have {num_labels}: "
+                f"{part} has {columns.num_labels} classes and the networks have {num_labels}: "
                 "build the networks with the data's class_names"
             )
+
+
+def parts_of(name: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The datasets, if any, that were given as the argument `name`, each with what a message calls it."""
+    if isinstance(dataset, dict):
+        for part, one in dataset.items():
+            yield from parts_of(f"{name}[{part!r}]", one)
+    elif dataset is not None:
+        yield name, dataset
 
 
 def columns_of(name: str, dataset: Any) -> ImageColumns:

@@ -26,7 +26,7 @@ from hfkd.evaluation.logistic_regression import fit_logistic_regression
 from hfkd.losses.gradient_features import classification_loss
 
 from .cached_activations import CachedActivations, CachedActivationsConfig
-from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision
+from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision, parts_of
 from .config import check_range
 from .distributed import broadcast_state, failing_together
 from .feature_maps import full_precision
@@ -164,7 +164,7 @@ class GradientFeaturesTrainer(CachedActivations):
         _check_model(model, args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_labels(name, dataset, model.config.num_labels, several_labels=True)
-            _check_problem_type(model, name, dataset)
+        problem_type = _common_problem_type(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         common_precision([model])
         check_images([model], None, preprocessing_of(train_dataset, processing_class, model.config))
         networks = TrainingNetworks([model])
@@ -180,6 +180,7 @@ class GradientFeaturesTrainer(CachedActivations):
             callbacks=callbacks,
             dataset_name=dataset_name,
         )
+        model.config.problem_type = problem_type  # last: a run that is refused leaves the model as it was
 
     # -- omega -------------------------------------------------------------------------------------------------------
 
@@ -314,21 +315,23 @@ def _check_untrained(model: Any, omega: str) -> None:
         )
 
 
-def _check_problem_type(model: PreTrainedModel, name: str, dataset: Any) -> None:
-    """Set the configuration's `problem_type`, or raise InputError where the labels are of the other kind."""
-    if isinstance(dataset, dict):
-        for part, one in dataset.items():
-            _check_problem_type(model, f"{name}[{part!r}]", one)
-    elif dataset is not None:
-        kind = MULTI_LABEL if columns_of(name, dataset).multi_label else SINGLE_LABEL
-        wanted = model.config.problem_type or kind
-        if wanted != kind:
-            have = "several labels" if kind == MULTI_LABEL else "one label"
+def _common_problem_type(model: PreTrainedModel, named: Mapping[str, Any]) -> str | None:
+    """The `problem_type` of the model and of all labels; None where neither says.
+
+    Raises:
+        InputError: labels of the other kind than the model's `problem_type`, or than the labels before.
+    """
+    wanted, owner = model.config.problem_type, "the model"
+    for name, dataset in (part for given in named.items() for part in parts_of(*given)):
+        several = columns_of(name, dataset).multi_label
+        kind = MULTI_LABEL if several else SINGLE_LABEL
+        if wanted not in (None, kind):
             raise InputError(
-                f"{name} has {have} for each image and the model has problem_type={wanted!r}: choose other labels, or "
-                f"set model.config.problem_type={kind!r}"
+                f"{name} has {'several labels' if several else 'one label'} for each image and {owner} has "
+                f"problem_type={wanted!r}: choose labels of one kind, or another model.config.problem_type"
             )
-        model.config.problem_type = kind
+        wanted, owner = kind, name
+    return wanted
 
 
 @torch.no_grad()

@@ -89,6 +89,25 @@ def test_numbers_that_are_not_finite_are_no_measurements() -> None:
             assert measurements_of({f"eval_{name}": value}, "test") == ()
 
 
+@pytest.mark.parametrize(
+    ("metrics", "ids"),
+    [
+        (METRICS, ["accuracy"]),
+        ({"accuracy": 0.9, "top5_accuracy": 1.0}, ["accuracy"]),
+        ({"reconstruction_error": 0.1, "elbo": -30.0}, ["mse"]),
+        ({"mean_average_precision": 0.5, "mean_average_precision_11_point": 0.6}, None),
+    ],
+)
+def test_metadata_names_metrics_of_the_hub_alone(
+    data: CardData, metrics: dict[str, float], ids: list[str] | None
+) -> None:
+    """The others stand in the model-index, under their names."""
+    measured = measurements_of(metrics, "test")
+    read = replaced(data, measurements=measured).data
+    assert read.metrics == ids
+    assert len(read.eval_results) == len({result.metric_name for result in read.eval_results}) == len(measured)
+
+
 def test_the_card_says_what_was_given(data: CardData) -> None:
     text = str(render_card(data))
     for part in (

@@ -31,7 +31,9 @@ SETTINGS = {
 def tiny_model(mode="full", dtype=torch.float32, class_names=DIGITS, theta2=1, seed=0, norm="batch"):
     """Of a base with fresh weights, whose batch norm is folded."""
     base = tiny_resnet(seed, width=6, norm=norm, dtype=dtype)
-    return build_gradient_features(base, theta2, class_names=class_names, mode=mode)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the classifier that it starts with
+        return build_gradient_features(base, theta2, class_names=class_names, mode=mode)
 
 
 def tiny_trainer(output_dir, model=None, sources=None, augmentation=NO_AUGMENTATION, callbacks=None, **config):

@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import pytest
 import torch
 from gradient_feature_runs import (
@@ -55,7 +56,7 @@ def losses(trainer, name="loss"):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_descends(make, mode):
-    rate = 1.0 if mode == "activation" else 0.1
+    rate = 1.0 if mode == "activation" else 0.3
     trainer = make(tiny_model(mode), max_steps=20, learning_rate=rate, lr_milestones=[], omega="given")
     trainer.train()
     assert sum(losses(trainer)[-3:]) < 0.8 * sum(losses(trainer)[:3])
@@ -353,6 +354,16 @@ def test_labels_of_the_wrong_kind(make, tmp_path):
     model.config.problem_type = MULTI_LABEL
     with pytest.raises(InputError, match="train_dataset has one label.*problem_type='multi_label"):
         make(model)
+    one_label = several_label_digits().map(lambda labels: {"labels": len(labels)}, input_columns="labels")
+    one_label = one_label.cast_column("labels", datasets.ClassLabel(names=SEVERAL))
+    with pytest.raises(InputError, match=r"eval_dataset\['b'\] has several labels.*'a'\] has problem_type='single"):
+        GradientFeaturesTrainer(
+            tiny_model(class_names=SEVERAL),
+            GradientFeaturesConfig("unused", **SETTINGS),
+            train_dataset=one_label,
+            eval_dataset={"a": one_label, "b": several_label_digits()},
+            processing_class=digit_sources().preprocessing.to_image_processor(),
+        )
     mixed = build_gradient_features(tiny_resnet(0), class_names=SEVERAL)
     with pytest.raises(InputError, match="eval_dataset has 10 classes"):
         GradientFeaturesTrainer(
@@ -362,6 +373,24 @@ def test_labels_of_the_wrong_kind(make, tmp_path):
             eval_dataset=digit_sources().test,
             processing_class=digit_sources().preprocessing.to_image_processor(),
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 201, "dataloader_drop_last": True}, "needs 201 or more"),
+        ({"sync_batchnorm": True}, "sync_batchnorm=True needs CUDA"),
+    ],
+)
+def test_a_refused_run_leaves_the_model_as_it_was(make, settings, message):
+    """Also where it is refused after the labels were looked at."""
+    model = tiny_model()
+    before = model.config.to_dict(), weights(model)
+    with pytest.raises(InputError, match=message):
+        make(model, **settings)
+    assert model.config.to_dict() == before[0]
+    assert_equal(weights(model), before[1])
+    assert make(model).model.config.problem_type == SINGLE_LABEL
 
 
 @pytest.mark.parametrize(
