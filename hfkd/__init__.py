@@ -44,6 +44,7 @@ _PUBLIC = {
     "hfkd.trainers.base": ("DistillationTrainer",),
     "hfkd.trainers.bigan": ("BiGanConfig", "BiGanTrainer"),
     "hfkd.trainers.config": ("DistillationConfig",),
+    "hfkd.trainers.generator_from_classifier": ("GeneratorFromClassifierConfig", "GeneratorFromClassifierTrainer"),
     "hfkd.trainers.gradient_features": ("CODE_PRESET", "GradientFeaturesConfig", "GradientFeaturesTrainer"),
     "hfkd.trainers.interrupt": ("TrainingInterrupted",),
     "hfkd.trainers.max_margin": ("MaxMarginConfig", "MaxMarginTrainer"),

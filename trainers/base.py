@@ -188,6 +188,8 @@ class DistillationTrainer(ImageLoading, Publishing, Checkpointing, Trainer):
             check_no_other_run(output_dir, self.may_replace_students)
         self._reset_accumulators()
         self._started = None if resume_from_checkpoint else time.monotonic()
+        for student in self.model.students:
+            vars(student.config).pop("training_facts", None)  # of weights that are about to change
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:

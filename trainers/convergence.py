@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # Of the margin's scale: what the temperature is at least, where all logits of a batch are alike (a dead start).
 LEAST_TEMPERATURE = 1e-3
+LARGEST_UNIT = 60.0  # natural logarithm; single precision ends at 88
 
 
 class Convergence(NamedTuple):
@@ -103,9 +104,9 @@ class ConvergenceConditions(nn.Module):
         return super().train(False)
 
     def fingerprint(self) -> str:
-        """sha256 of all parameters and buffers of the classifier."""
+        """sha256 of all parameters and buffers of the classifier, and of how its input is normalised."""
         digest = hashlib.sha256()
-        for name, tensor in self.classifier.state_dict().items():
+        for name, tensor in self.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
@@ -172,7 +173,8 @@ class ConvergenceConditions(nn.Module):
         would take its place.
         """
         if multipliers is None:
-            potential = cross_entropy_potential(logits, labels, self._temperature(logits))
+            temperature = self._temperature(logits)
+            potential = cross_entropy_potential(logits, labels, temperature) * self._unit(temperature)
         else:
             potential = weighted_margin_potential(logits, labels, multipliers)
         return gradients_of(potential, theta)
@@ -189,6 +191,14 @@ class ConvergenceConditions(nn.Module):
         if self.args.temperature == "margin":
             return self.margin_scale / self.args.margin_temperature
         return logits.detach().std().clamp_min(LEAST_TEMPERATURE * self.margin_scale)
+
+    def _unit(self, temperature: float | Tensor) -> Tensor:
+        """About what the multiplier of an image on the margin has to be taken times to be 1 (0-dim).
+
+        The scale of G takes it out again. Without it multipliers of far margins are so small, and that scale so large,
+        that gradients of the loss overflow in single precision.
+        """
+        return torch.as_tensor(self.margin_scale / temperature).clamp(max=LARGEST_UNIT).exp()
 
     @contextmanager
     def _statistics(self) -> Iterator[None]:

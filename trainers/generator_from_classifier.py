@@ -6,38 +6,34 @@ generator for several classifiers are the paper's. Its formulas could not be obt
 `hfkd.losses.generator_from_classifier`, and all settings but the number of updates, are ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
 
 from hfkd.data import KeyedDraws, keyed_normal, keyed_uniform
 from hfkd.data.keyed_random import LATENT_STREAM, MIXING_STREAM
-from hfkd.errors import InputError, RunError
-from hfkd.evaluation.image_grid import class_grid
+from hfkd.errors import InputError
 from hfkd.losses.generator_from_classifier import total_variation
-from hfkd.model_cards import Parent, Picture
 from hfkd.models.generator import GeneratorPreTrainedModel
-from hfkd.models.multiplier_network import ConstantMultiplier, MultiplierNetwork
+from hfkd.models.multiplier_network import learned_multipliers
 
 from .classifier_checks import check_class_counts, check_generator_and_classifiers
 from .cohort_checks import check_batches, common_precision
 from .config import check_range
 from .convergence import Convergence, ConvergenceConditions
-from .draws import DrawsOnlyConfig, DrawsOnlyTrainer
+from .draws import DrawsOnlyConfig
 from .feature_maps import full_precision
 from .networks import TrainingNetworks
 from .optimizers import build_adam, build_main_optimizer, build_main_schedule
+from .parent_classifiers import ParentClassifiers
 
 
 GENERATOR, MULTIPLIERS = "generator", "multipliers"
-PICTURED_CLASSES, PICTURED_IMAGES = 16, 10  # rows and columns of the card's pictures
 
 
 @dataclass
@@ -168,6 +164,11 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
             )
 
     def _refuse_without_effect(self) -> None:
+        if not (self.stationarity_weight or self.duality_weight or self.warmup_updates >= self.max_steps):
+            raise InputError(
+                "stationarity_weight=0 and duality_weight=0 leave nothing that the classifier says: give one of them, "
+                "or warmup_updates as large as max_steps for cross-entropy alone"
+            )
         if self.multipliers == "ce":
             self.refuse_changed(("multiplier_learning_rate",), "multipliers=ce")
         else:
@@ -182,7 +183,7 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
             raise InputError("stationarity_set=custom needs custom_set: name parameters, such as classifier.weight")
 
 
-class GeneratorFromClassifierTrainer(DrawsOnlyTrainer):
+class GeneratorFromClassifierTrainer(ParentClassifiers):
     """Trains a conditional generator on what trained classifiers' weights say of their training images.
 
     No image is ever seen: nothing here takes one. `evaluate()` gives the data-free criterion on fixed draws:
@@ -248,31 +249,15 @@ class GeneratorFromClassifierTrainer(DrawsOnlyTrainer):
             )
             for k, (classifier, processor) in enumerate(zip(found, processors, strict=True))
         ]
-        check_class_counts(generator, [one.num_labels for one in conditions])
+        counts = [one.num_labels for one in conditions]
+        check_class_counts(generator, counts)
         self.latent_size = generator.config.latent_size
         with torch.random.fork_rng():
             torch.manual_seed(args.seed + 1)
-            learned = _multipliers(args.multipliers, self.latent_size, conditions)
+            learned = learned_multipliers(args.multipliers, self.latent_size, counts)
         networks = TrainingNetworks([generator], {MULTIPLIERS: learned.to(dtype)} if learned else {}, conditions)
         check_batches(KeyedDraws(args.train_batch_size), args, [generator], networks.training_only)
         super().__init__(networks, args, callbacks=callbacks)
-
-    @property
-    def conditions(self) -> list[ConvergenceConditions]:
-        """Those of each classifier, in their order."""
-        return list(self.model.teachers)  # type: ignore[arg-type]
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `DistillationTrainer`.
-
-        Raises:
-            RunError: also where a classifier has changed on the way, as nothing may do that.
-        """
-        before = [one.fingerprint() for one in self.conditions]
-        output = super().train(*args, **kwargs)
-        if before != [one.fingerprint() for one in self.conditions]:
-            raise RunError("a classifier's weights or statistics changed during training: a callback must not do that")
-        return output
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -383,40 +368,3 @@ class GeneratorFromClassifierTrainer(DrawsOnlyTrainer):
     def predictions(self, outputs: dict[str, Tensor]) -> Tensor:
         """Whether each classifier agrees with the label of each fixed draw, (N, K)."""
         return outputs["agreement"]
-
-    # -- the card ----------------------------------------------------------------------------------------------------
-
-    def _parents(self) -> Iterator[Parent]:
-        for one in self.conditions:
-            if name := getattr(one.classifier.config, "_name_or_path", ""):
-                yield Parent.of("classifier", name)
-
-    def card_settings(self) -> dict[str, Any]:
-        """What was found in the classifiers comes first: the margin's scale, and which parameters are stationary."""
-        found: dict[str, Any] = {}
-        for k, one in enumerate(self.conditions):
-            place = "" if len(self.conditions) == 1 else f" of classifier {k}"
-            found[f"margin{place}"] = round(one.margin_scale, 4)
-            found[f"stationary parameters{place}"] = ", ".join(one.stationary)
-        return found | super().card_settings()
-
-    def draw_pictures(self, folder: Path) -> Iterator[Picture]:
-        """Samples of each class, a row each, and the same latents in every card; points in a plane have no picture."""
-        generator: Any = self.model.students[0]
-        if generator.config.image_size == 1:
-            return
-        for k, one in enumerate(self.conditions):
-            count = min(one.num_labels, PICTURED_CLASSES)
-            labels = torch.arange(count).repeat_interleave(PICTURED_IMAGES)
-            images = generator.sample(len(labels), labels=labels, seed=0, classifier_index=k)
-            name = f"samples_{k}.png" if k else "samples.png"
-            class_grid(images.cpu(), labels).save(folder / name)
-            of = f" of classifier {k}" if len(self.conditions) > 1 else ""
-            yield Picture(name, f"Images drawn at random, a row for each class{of}")
-
-
-def _multipliers(kind: str, latent_size: int, conditions: Sequence[ConvergenceConditions]) -> nn.ModuleList:
-    """Learned multipliers for each classifier, as each has a scale of its own; none for those of cross-entropy."""
-    if kind == "network":
-        return nn.ModuleList(MultiplierNetwork(latent_size, one.num_labels) for one in conditions)
-    return nn.ModuleList(ConstantMultiplier() for _ in conditions if kind == "constant")

@@ -204,7 +204,8 @@ class MaxMarginTrainer(DistillationTrainer):
         return value, {"gradient_scale": scale}
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step % STOP_CHECKED_EVERY == 0 and self._latest.item() <= self.args.stop_at_loss:
+        due = self.args.stop_at_loss > 0 and self.state.global_step % STOP_CHECKED_EVERY == 0
+        if due and self._latest.item() <= self.args.stop_at_loss:
             self.control.should_training_stop = True
             self.control.should_save |= self.args.save_strategy == SaveStrategy.STEPS  # as at the end of a whole run
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -103,11 +103,10 @@ def structural_similarity(images: Tensor, others: Tensor) -> float:
 def diversity(images: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor) -> float:
     """Deviation of a pixel within a class, against that of `reference`: 1 is as diverse as real images, 0 one image.
 
-    The unbiased deviation, mean over pixels and over the classes of which there are two images or more. Noise has more
-    than 1. NaN where no class has two images.
+    The unbiased deviation, mean over pixels and over the classes of which both have two images or more. Noise has more
+    than 1. NaN where there is no such class.
     """
-    classes, counts = labels.unique(return_counts=True)
-    several = classes[counts > 1]
+    several = [n for n in labels.unique() if min((labels == n).sum(), (reference_labels == n).sum()) > 1]
     own = sum(images[labels == number].std(dim=0).mean() for number in several)
     real = sum(reference[reference_labels == number].std(dim=0).mean() for number in several)
     return float(own / real) if len(several) else float("nan")

@@ -26,6 +26,7 @@ from torch import Tensor
 from hfkd.errors import InputError
 
 
+EXPONENTIAL_BELOW = -40.0  # nats
 NORM_FLOOR = 1e-3  # of the largest squared norm in S: zero biases would otherwise outweigh everything
 
 
@@ -85,7 +86,11 @@ def cross_entropy_potential(logits: Tensor, labels: Tensor, temperature: float |
     Raises:
         InputError: as in `margins`, or a number T that is not positive.
     """
-    return -F.softplus(_log_odds_of_error(logits, labels, temperature)).mean()
+    log_odds = _log_odds_of_error(logits, labels, temperature)
+    # Further out softplus is exp to the last bit, and exp alone has two derivatives down to the smallest numbers.
+    near = F.softplus(log_odds.clamp_min(EXPONENTIAL_BELOW))
+    far = log_odds.clamp_max(EXPONENTIAL_BELOW).exp()
+    return -torch.where(log_odds < EXPONENTIAL_BELOW, far, near).mean()
 
 
 def cross_entropy_multipliers(logits: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
@@ -93,7 +98,7 @@ def cross_entropy_multipliers(logits: Tensor, labels: Tensor, temperature: float
 
     Arguments and errors as there.
     """
-    return torch.sigmoid(_log_odds_of_error(logits, labels, temperature))
+    return F.logsigmoid(_log_odds_of_error(logits, labels, temperature)).exp()
 
 
 def implied_margin_scale(loss: float, num_classes: int) -> float:
@@ -142,8 +147,9 @@ def closed_form_scale(parameters: Mapping[str, Tensor], gradients: Mapping[str, 
         parameters, gradients, per_group: as in `stationarity_loss`.
 
     Returns:
-        0-dim, with a graph through G. 0 where G = 0, and where G points away from theta. Gradients may be as small as
-        the type can hold: inside, they are taken in units of their largest entry.
+        0-dim, with a graph through G. 0 where G = 0, and where G points away from theta. Squares of small gradients
+        do not underflow: inside, they are taken in units of their largest entry. But the result, and what is
+        differentiated through it, goes as the inverse of G, and overflows next to the smallest numbers of the type.
 
     Raises:
         InputError: no parameters.

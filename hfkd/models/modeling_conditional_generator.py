@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,8 @@ class HfkdConditionalGeneratorModel(GeneratorPreTrainedModel):
         The mean pixel of a classifier's training images is in its normaliser. Images that start there are on its side
         of grey, and the losses on its gradients tell them apart; from random images they may run into inverted ones.
         """
-        layer = self.to_image if self.config.strides else self.to_image[1]
+        layers: Any = self.to_image
+        layer = layers if self.config.strides else layers[1]
         values = mean.double().clamp(1e-6 - 1, 1 - 1e-6).atanh()
         layer.bias.copy_(values.repeat_interleave(len(layer.bias) // len(values)))
         layer.weight.mul_(START_CONTRAST)

@@ -5,6 +5,8 @@ they are a function of the image's latent and class, and this function, are infe
 construction, which is the dual feasibility of the Karush-Kuhn-Tucker conditions. Neither is part of a generator.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class MultiplierNetwork(nn.Module):
 
     Args:
         latent_size: L, of eps.
-        num_conditions: K, classes of one classifier, or pairs (classifier, class) of several.
+        num_conditions: K, classes of the classifier.
         hidden_size: of h.
     """
 
@@ -44,3 +46,10 @@ class ConstantMultiplier(nn.Module):
     def forward(self, latents: Tensor, conditions: Tensor) -> Tensor:
         """(N,) > 0 for arguments as of `MultiplierNetwork`, of which only N matters."""
         return self.log_scale.exp().expand(len(latents))
+
+
+def learned_multipliers(kind: str, latent_size: int, class_counts: Sequence[int]) -> nn.ModuleList:
+    """One for each classifier, which each have a scale of their own: `network`, `constant`, or, of `ce`, none."""
+    if kind == "network":
+        return nn.ModuleList(MultiplierNetwork(latent_size, count) for count in class_counts)
+    return nn.ModuleList(ConstantMultiplier() for _ in class_counts if kind == "constant")

@@ -94,6 +94,7 @@ def test_diversity_leaves_out_classes_of_one_image():
     images, labels = torch.stack([A, -A, B]), torch.tensor([0, 0, 1])
     reference, of = torch.stack([A, -A, B, -9 * B]), torch.tensor([0, 0, 1, 1])
     assert diversity(images, labels, reference, of) == pytest.approx(1)
+    assert diversity(reference, of, images, labels) == pytest.approx(1)
     assert math.isnan(diversity(images[:1], labels[:1], reference, of))
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from hfkd.models.multiplier_network import ConstantMultiplier, MultiplierNetwork
+from hfkd.models.multiplier_network import ConstantMultiplier, MultiplierNetwork, learned_multipliers
 
 
 LATENTS, CONDITIONS = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3
@@ -45,3 +45,10 @@ def test_constant():
     assert torch.equal(constant(LATENTS, CONDITIONS), torch.ones(50))
     constant(LATENTS, CONDITIONS).mean().backward()
     assert constant.log_scale.grad.item() == 1
+
+
+def test_one_for_each_classifier():
+    networks = learned_multipliers("network", 5, [3, 4])
+    assert [network.num_conditions for network in networks] == [3, 4] and networks[0].layers[0].in_features == 8
+    assert [type(one) for one in learned_multipliers("constant", 5, [3, 4])] == [ConstantMultiplier] * 2
+    assert len(learned_multipliers("ce", 5, [3, 4])) == 0

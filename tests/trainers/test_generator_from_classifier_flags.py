@@ -214,6 +214,7 @@ REFUSED = [
     ("optim", "sgd", {}),
     ("stationarity_weight", -1.0, {}),
     ("duality_weight", -1.0, {}),
+    ("stationarity_weight", 0.0, {"duality_weight": 0.0}),
     ("total_variation_weight", -1.0, {}),
     ("zero_weight", -1.0, {}),
     ("zero_weight", 1.0, {"stationarity_set": "all"}),

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from classifier_runs import run, tiny_generator, tiny_mlp, tiny_trainer
+from classifier_runs import processor, run, tiny_generator, tiny_mlp, tiny_trainer
 from processes import differences, in_a_process
 from resume_run import STEPS
 
@@ -29,7 +29,7 @@ def resume_from(folder, step, tmp_path, **settings):
 
 
 def unequal(straight, resumed):
-    return differences(straight / f"checkpoint-{STEPS}", resumed / f"checkpoint-{STEPS}", 1)
+    return differences(straight / f"checkpoint-{STEPS}", resumed / f"checkpoint-{STEPS}", students=1, others=7)
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (5, 2), (11, 0)])
@@ -66,6 +66,33 @@ def test_no_classifier_is_saved(straight):
 def test_another_generators_checkpoint_is_refused(straight, tmp_path):
     trainer = tiny_trainer(tmp_path, generator=tiny_generator(latent_size=6))
     with pytest.raises(InputError, match="was saved with class_counts=") as caught:
+        trainer.train(resume_from_checkpoint=str(straight / "checkpoint-6"))
+    assert "\n" not in str(caught.value)
+
+
+def changed(classifier, processor_changes=None):
+    """The run's two classifiers, one of them otherwise than in the run."""
+    processors = [processor(), processor()]
+    for name, value in (processor_changes or {}).items():
+        setattr(processors[1], name, value)
+    return {"classifiers": [tiny_mlp(), classifier], "processing_classes": processors}
+
+
+@pytest.mark.parametrize(
+    "networks",
+    [
+        lambda: changed(tiny_mlp(2, num_labels=3, norm="batch")),
+        lambda: changed(tiny_mlp(1, num_labels=3, norm="batch"), {"image_mean": [0.2] * 3}),
+    ],
+    ids=["weights", "normaliser"],
+)
+def test_another_classifier_is_refused(straight, tmp_path, networks):
+    """It would go on, towards other images."""
+    several = {name: value for name, value in SETTINGS.items() if name != "several"}
+    trainer = tiny_trainer(tmp_path, **networks(), **several)
+    with pytest.raises(
+        InputError, match="classifier 1 is not the one that .*checkpoint-6 was trained on .*: resume with that one"
+    ) as caught:
         trainer.train(resume_from_checkpoint=str(straight / "checkpoint-6"))
     assert "\n" not in str(caught.value)
 

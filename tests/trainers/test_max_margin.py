@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from hfkd.errors import InputError
 from hfkd.models import HfkdVaeEncoderConfig, HfkdVaeEncoderForImageClassification
+from hfkd.trainers import max_margin
 from hfkd.trainers.max_margin import MaxMarginConfig
 
 
@@ -134,6 +135,14 @@ def test_single_precision_gets_far_too(tmp_path):
     trainer.train()
     assert losses(trainer)[-1] <= 1e-20 and trainer.state.global_step < 2000
     assert next(trainer.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("stop_at_loss", "updates"), [(0.0, 12), (1e-300, 10)])
+def test_a_loss_that_has_underflowed_stops_where_that_was_asked_for(tmp_path, monkeypatch, stop_at_loss, updates):
+    monkeypatch.setattr(max_margin, "_cross_entropy", lambda logits, labels: 0 * logits.sum())
+    trainer = tiny_trainer(tmp_path, stop_at_loss=stop_at_loss)
+    trainer.train()
+    assert trainer.state.global_step == updates
 
 
 def by_hand(model, steps, threshold, decayed=(), weight_decay=0.0, rate=0.05):
@@ -255,6 +264,16 @@ def test_facts_of_batch_norm_are_in_evaluation_mode(tmp_path):
     loss = F.cross_entropy(trainer.model.students[0].eval()(images).logits, labels).item()
     assert facts[1]["loss"] == pytest.approx(loss, rel=1e-9) != facts[0]["loss"]
     assert abs(facts[1]["loss"] - losses(trainer)[-1]) > 1e-3
+
+
+def test_facts_do_not_outlive_the_weights(make_trainer, tmp_path):
+    """A generator would be born from what is no longer so."""
+    student = tiny_resnet(0)
+    student.config.training_facts = {"median_margin": 9.0}
+    trainer = make_trainer([student, tiny_resnet(1)], max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert "training_facts" not in json.loads((tmp_path / "run/config.json").read_text())
 
 
 def test_evaluation_and_predictions(tmp_path):
