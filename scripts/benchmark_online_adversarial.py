@@ -1,8 +1,6 @@
 """AFD's speed: the trainer against a bare loop, its step against plain cross-entropy steps, and the augmentation."""
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +11,17 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 
 from hfkd.data import Augmentation, ImageColumns, ImageSource, Preprocessing, make_source
 from hfkd.models import build_student
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
 
 from .timing import Measured, measure
+from .turns import WARMUP, time_against
 
 
 STUDENTS, CLASSES, SIZE, BATCH = ("resnet20", "resnet20"), 10, 32, 128
-WARMUP = 3
 VANILLA = {"kl_weight": 0.0, "feature_loss": "none"}
 AUGMENTATION = Augmentation(crop_padding=4, padding_mode="reflect", horizontal_flip=True)
 
@@ -78,11 +76,7 @@ def trainer_against_bare_loop(source: ImageSource, settings: dict[str, Any], rep
             **settings,
         )
         trainer = OnlineAdversarialTrainer(_build_students(), args=config, train_dataset=source)
-        turns = _Turns(BareLoop(source, _build_students(), config))
-        trainer.add_callback(turns)
-        trainer.train()
-    rounds = zip(turns.trainer_seconds[WARMUP:], turns.bare_seconds[WARMUP:], strict=True)
-    return statistics.median(own / bare for own, bare in rounds)
+        return time_against(trainer, BareLoop(source, _build_students(), config).step)
 
 
 class BareLoop:
@@ -111,33 +105,6 @@ class BareLoop:
             loss.backward()
             optimizer.step()
         self.steps += 1
-
-
-class _Turns(TrainerCallback):
-    """Takes a bare step after each of the trainer's, and times both."""
-
-    def __init__(self, bare: BareLoop) -> None:
-        self.bare = bare
-        self.trainer_seconds: list[float] = []
-        self.bare_seconds: list[float] = []
-        self._mark = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._mark = _now()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        after_trainer = _now()
-        self.bare.step()
-        after_bare = _now()
-        self.trainer_seconds.append(after_trainer - self._mark)
-        self.bare_seconds.append(after_bare - after_trainer)
-        self._mark = after_bare
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def augmentation_speed_up(source: ImageSource, repeats: int) -> float:

@@ -27,6 +27,7 @@ COMMANDS = {
     "exponents": "how a classifier's tensors scale, for generating from it: hfkd exponents CHECKPOINT",
     "push": "share a saved folder on the Hub: hfkd push FOLDER REPO_ID",
     "study": "arms x seeds from one file, resumable: hfkd study FILE.yaml",
+    "search": "random search by a data-free criterion, resumable: hfkd search METHOD --trials 20 [--config FILE.yaml]",
     "benchmark": "measure a method's speed: hfkd benchmark METHOD",
     "demo": "a method's whole chain on the embedded digits, offline: hfkd demo [METHOD]",
     "env": "versions and hardware, for bug reports",

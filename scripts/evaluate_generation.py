@@ -1,4 +1,4 @@
-"""`hfkd evaluate GENERATOR --protocol generation`: its images beside real held-out images and noise."""
+"""`hfkd evaluate GENERATOR --protocol generation`: its images beside real held-out and training images, and noise."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from hfkd.evaluation.sampling import balanced_labels, class_names, draw_images
 from hfkd.trainers.config import check_range
 
 from .checkpoint import Cohort, load_cohort
+from .generation_parent import named_parent, sqrt_stationarity_under
 from .generators import load_generator
 from .measured_data import check_class_names, check_classes, check_labelled_test, data_of_run
 from .options import build
@@ -26,7 +27,7 @@ from .sample import picture_path, save_picture
 
 NEAREST = 4  # training images beside each sample of the picture
 SAMPLES = 10  # rows of the picture, where there are no classes
-_ROWS = {"generator": "generator", "held_out": "held-out images", "noise": "noise"}
+_ROWS = {"generator": "generator", "held_out": "held-out images", "noise": "noise", "training": "training images"}
 _MEND = "evaluate on the data that the parent classifier was trained for"
 
 
@@ -44,8 +45,9 @@ class GenerationArguments:
     classifier: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of the generator's parent classifier, for self_accuracy; its run.yaml says "
-            "which images it was trained on, to which the generator's are compared."
+            "help": "Folder or Hub id of the generator's parent classifier, for self_accuracy and, of a full-batch "
+            "one, sqrt_stationarity; its run.yaml says which images it was trained on, to which the generator's are "
+            "compared. By default the folder that the generator's run.yaml names, where it still exists."
         },
     )
     classifier_index: int = field(
@@ -77,8 +79,9 @@ def evaluate_generation(
         values: the options that the user named, of which those of the data count.
 
     Returns:
-        `metrics`: for each of `generator`, `held_out` and `noise` what `generation_metrics` gives; `n_test`;
-        `protocol`; and `settings`, what was compared with what.
+        `metrics`: for each of `generator`, `held_out` and `noise` what `generation_metrics` gives, and for `training`,
+        the parent's own images, `sqrt_stationarity` where it is measured; `n_test`; `protocol`; and `settings`, what
+        was compared with what.
 
     Raises:
         InputError: no generator, no classifier, or data that do not fit them.
@@ -86,7 +89,8 @@ def evaluate_generation(
     picture = None if arguments.picture is None else picture_path(arguments.picture)
     generator, folder = load_generator(name, trust_remote_code=trust_remote_code, revision=revision)
     names = class_names(generator, arguments.classifier_index)
-    parent = _load_classifier(arguments.classifier, trust_remote_code)
+    parent_name = arguments.classifier or named_parent(folder, arguments.classifier_index)
+    parent = _load_classifier(parent_name, trust_remote_code)
     judging = _load_classifier(arguments.judge, trust_remote_code)
     data = load_image_datasets(_data_arguments(values, [parent.folder] if parent else [folder, folder.parent]))
     if names is not None:
@@ -111,7 +115,15 @@ def evaluate_generation(
         "noise": (uniform_noise(images, arguments.seed), labels),
     }
     classifier = _judge(parent, "classifier", data, batch_size)
-    metrics = {row: generation_metrics(*made, real, judge, classifier=classifier) for row, made in rows.items()}
+    stationarity = None
+    if parent is not None and labels is not None:
+        stationarity = sqrt_stationarity_under(parent, generator, folder)
+    metrics = {
+        row: generation_metrics(*made, real, judge, classifier=classifier, sqrt_stationarity=stationarity)
+        for row, made in rows.items()
+    }
+    if stationarity is not None:
+        metrics["training"] = {"sqrt_stationarity": stationarity(real.training, real.training_labels)}
     if picture is not None:
         known = judge(images).probabilities.argmax(dim=1) if labels is None else labels
         _draw_nearest(picture, images, known, real, SAMPLES if names is None else len(names))
@@ -119,18 +131,18 @@ def evaluate_generation(
         "protocol": "generation",
         "metrics": metrics,
         "n_test": len(real.reference) + len(real.held_out),
-        "settings": _settings(arguments, data, real, rows),
+        "settings": _settings(arguments, parent_name, data, real, rows),
     }
 
 
 def describe_generation(result: dict[str, Any]) -> str:
-    """A table with a line for each metric, and a column for each set of images."""
+    """A table with a line for each metric, and a column for each set of images; "-" where it was not measured."""
     columns = result["metrics"]
     names = list(columns["generator"])
     width = max(map(len, names)) + 2
-    lines = ["".join([" " * width, *(f"{title:>18}" for title in _ROWS.values())])]
+    lines = ["".join([" " * width, *(f"{_ROWS[row]:>18}" for row in columns)])]
     for name in names:
-        cells = (f"{columns[row][name]:>18.4f}" for row in _ROWS)
+        cells = (f"{row[name]:>18.4f}" if name in row else f"{'-':>18}" for row in columns.values())
         lines.append("".join([f"{name.replace('_', ' '):<{width}}", *cells]))
     return "\n".join(lines)
 
@@ -203,13 +215,17 @@ def _draw_nearest(path: Path, images: Tensor, labels: Tensor, real: RealImages, 
 
 
 def _settings(
-    arguments: GenerationArguments, data: ImageDatasets, real: RealImages, rows: dict[str, Any]
+    arguments: GenerationArguments,
+    parent_name: str | None,
+    data: ImageDatasets,
+    real: RealImages,
+    rows: dict[str, Any],
 ) -> dict[str, Any]:
     neighbours = f"{NEIGHBOURS} nearest of {len(real.reference):,} held-out images"
     return {
         "dataset": data.name,
         "judge": arguments.judge or neighbours,
-        "classifier": arguments.classifier or "not given",
+        "classifier": parent_name or "not given",
         "seed": arguments.seed,
         "training images": len(real.training),
         "reference images": len(real.reference),

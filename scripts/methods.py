@@ -25,8 +25,8 @@ class Method:
     `config`: its Config dataclass. `setup`: the dataclass of its own options for the command (which networks).
     `data`: that of its data options; None for a method that sees no data. `build`: `build(config, data, setup) -> Job`
     (`build(config, setup)` without data), which loads the data and makes the Trainer. `benchmark` and `demo`:
-    functions behind the subcommands of these names, where the method has them. `metrics`: what a study of the method
-    shows unless it names others.
+    functions behind the subcommands of these names, where the method has them; `toy`: that behind `hfkd demo --toy`.
+    `metrics`: what a study of the method shows unless it names others.
     """
 
     stem: str
@@ -36,6 +36,7 @@ class Method:
     build: str
     benchmark: str | None = None
     demo: str | None = None
+    toy: str | None = None
     metrics: tuple[str, ...] = ("accuracy",)
     data: str | None = "hfkd.data:DataArguments"
 
@@ -53,7 +54,7 @@ class Method:
         return [_load(part) for part in (self.setup, self.data, self.config) if part is not None]
 
     def load(self, part: str) -> Any:
-        """The object behind `build`, `benchmark` or `demo`. Raises `InputError` where the method has none."""
+        """The object behind `build`, `benchmark`, `demo` or `toy`. Raises `InputError` where the method has none."""
         target = getattr(self, part)
         if target is None:
             others = ", ".join(method.name for method in METHODS.values() if getattr(method, part))
@@ -112,6 +113,9 @@ METHODS = {
             config="hfkd.trainers.generator_from_classifier:GeneratorFromClassifierConfig",
             setup="hfkd.scripts.generator_from_classifier:GeneratorFromClassifierArguments",
             build="hfkd.scripts.generator_from_classifier:build",
+            benchmark="hfkd.scripts.benchmark_generator_from_classifier:benchmark",
+            demo="hfkd.scripts.demo_generator_from_classifier:demo",
+            toy="hfkd.scripts.toy_generator_from_classifier:toy",
             metrics=("sqrt_stationarity", "self_accuracy"),
             data=None,
         ),
