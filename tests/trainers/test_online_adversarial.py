@@ -175,9 +175,9 @@ def test_knowledge_flows_one_way_around_the_cycle(make_trainer):
     assert after[2][1:] == before[2][1:]  # L_G^k depends on network k alone
 
 
-def test_relabelling_the_cycle_permutes_the_losses(make_trainer):
+def test_relabelling_the_cycle_permutes_the_losses(make_trainer, tmp_path):
     students = [tiny_resnet(s, dtype=torch.float64) for s in range(3)]
-    trainer = make_trainer(students, output_dir="unused")
+    trainer = make_trainer(students, output_dir=str(tmp_path))
     trainer.model.training_only.double()
     batch = one_batch(trainer)
     before = losses_of(trainer, batch)
