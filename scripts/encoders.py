@@ -1,5 +1,6 @@
 """The encoders that learn without labels, as options of the command, and the trainers that they make with images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hfkd.data import (
     DataArguments,
     ImageSource,
     ImageSources,
+    Preprocessing,
     build_sources,
     collate,
     load_image_datasets,
@@ -60,14 +62,14 @@ class BiGanArguments:
 
 def build_vae(config: VaeConfig, data_arguments: DataArguments, arguments: VaeArguments) -> Job:
     """Load the images, make the encoder and its trainer. Raises `InputError` for anything that does not fit."""
-    sources = _sources(config, data_arguments)
-    trainer = VaeTrainer(_encoder(config, arguments, sources), args=config, **_common(sources, data_arguments))
+    sources = symmetric_sources(config, data_arguments)
+    trainer = VaeTrainer(_encoder(config, arguments, sources), args=config, **common_parts(sources, data_arguments))
     return Job(trainer, sources.train, sources.test)
 
 
 def build_bigan(config: BiGanConfig, data_arguments: DataArguments, arguments: BiGanArguments) -> Job:
     """Load the images, make both networks and their trainer. Raises `InputError` for anything that does not fit."""
-    sources = _sources(config, data_arguments)
+    sources = symmetric_sources(config, data_arguments)
     encoder = _encoder(config, arguments, sources)
     check_encoder(encoder, ENCODER_FIELDS, "bigan_encoder", sources.preprocessing)
     with torch.random.fork_rng(devices=[]):
@@ -75,11 +77,11 @@ def build_bigan(config: BiGanConfig, data_arguments: DataArguments, arguments: B
         generator = HfkdBiganGeneratorModel(HfkdBiganGeneratorConfig.mirror(encoder.config, arguments.latent_size))
     check_generator(generator, sources.preprocessing)
     generator.start_at(_mean_image(sources.train))
-    trainer = BiGanTrainer(encoder, generator, args=config, **_common(sources, data_arguments))
+    trainer = BiGanTrainer(encoder, generator, args=config, **common_parts(sources, data_arguments))
     return Job(trainer, sources.train, sources.test)
 
 
-def _sources(config: DistillationConfig, arguments: DataArguments) -> ImageSources:
+def symmetric_sources(config: DistillationConfig, arguments: DataArguments) -> ImageSources:
     """Images in [-1, 1], as they are: neither paper augments them. Labels are not needed, and not looked at."""
     normalization, augmentation = arguments.normalization or "symmetric", arguments.augmentation or "none"
     arguments = replace(arguments, normalization=normalization, augmentation=augmentation)
@@ -90,13 +92,25 @@ def _sources(config: DistillationConfig, arguments: DataArguments) -> ImageSourc
 def _encoder(
     config: DistillationConfig, arguments: VaeArguments | BiGanArguments, sources: ImageSources
 ) -> PreTrainedModel:
+    return build_backbone(arguments.encoder, config.seed, sources.preprocessing, arguments.trust_remote_code)
+
+
+def build_backbone(
+    name: str,
+    seed: int,
+    preprocessing: Preprocessing,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The base model of a preset with fresh weights, or of a checkpoint, for such images; see `build_student`."""
     classifier = build_student(
-        arguments.encoder,
+        name,
         class_names=("0", "1"),  # of a head that is left out
-        image_size=sources.preprocessing.image_size,
-        num_channels=sources.preprocessing.num_channels,
-        seed=student_seed(config.seed, 0),
-        trust_remote_code=arguments.trust_remote_code,
+        image_size=preprocessing.image_size,
+        num_channels=preprocessing.num_channels,
+        seed=student_seed(seed, 0),
+        trust_remote_code=trust_remote_code,
+        settings=settings,
     )
     encoder = classifier.base_model
     encoder.config.id2label = None
@@ -104,7 +118,7 @@ def _encoder(
     return encoder
 
 
-def _common(sources: ImageSources, arguments: DataArguments) -> dict[str, Any]:
+def common_parts(sources: ImageSources, arguments: DataArguments) -> dict[str, Any]:
     return {
         "train_dataset": sources.train,
         "eval_dataset": sources.validation,

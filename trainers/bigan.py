@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from hfkd.data import Augmentation, keyed_normal, keyed_uniform
 from hfkd.data.keyed_random import EVALUATION, LATENT_STREAM, MIXING_STREAM, NOISE_STREAM
 from hfkd.errors import InputError
-from hfkd.evaluation.image_grid import image_grid
 from hfkd.evaluation.similarity import discriminator_accuracy
 from hfkd.losses.bigan import BiGanLoss, discriminator_loss, generator_loss, gradient_penalty
 from hfkd.model_cards import Picture
@@ -33,6 +32,7 @@ from .feature_maps import full_precision
 from .images import preprocessing_of
 from .networks import TrainingNetworks
 from .optimizers import build_adam, build_main_optimizer, build_main_schedule, milestone_schedule
+from .pictures import sample_picture
 
 
 # Of an encoder's configuration: what generator, latent layers and discriminator are built by.
@@ -194,9 +194,7 @@ class BiGanTrainer(DistillationTrainer):
 
     def draw_pictures(self, folder: Path) -> Iterator[Picture]:
         """64 samples of the generator, the same latents in every card."""
-        generator: Any = self.model.students[1]
-        image_grid(generator.sample(64, seed=0)).save(folder / "samples.png")
-        yield Picture("samples.png", "64 images drawn at random")
+        yield sample_picture(self.model.students[1], folder)
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 The idea is Yu and Wang's (arXiv 2312.02470), the formulas are ours: see `hfkd.losses.generator_from_classifier`.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +29,7 @@ from hfkd.models.probing import image_errors, probe_pixels, undisturbed
 from hfkd.models.smooth_relu import smooth_relu_gates
 
 from .feature_maps import full_precision
-from .networks import Renormalize, frozen_running_statistics
+from .networks import Renormalize, frozen_running_statistics, state_fingerprint
 from .stationarity_sets import choose_sets
 from .training_facts import margin_scale_of
 
@@ -105,10 +104,7 @@ class ConvergenceConditions(nn.Module):
 
     def fingerprint(self) -> str:
         """sha256 of all parameters and buffers of the classifier, and of how its input is normalised."""
-        digest = hashlib.sha256()
-        for name, tensor in self.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return state_fingerprint(self)
 
     def logits(self, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """z (N, C) of images in [-1, 1], with `parameters` in the place of those of these names."""

@@ -6,6 +6,7 @@ on one graph need, silently skips its all-reduce.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,29 @@ def average_gradients(gradients: Sequence[Tensor]) -> list[Tensor]:
         parts = flat.split([gradient.numel() for gradient in bucket])
         averaged += [part.view_as(gradient) for part, gradient in zip(parts, bucket, strict=True)]
     return averaged
+
+
+def gather_with_gradients(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks: (N, ...) of each to (ranks N, ...).
+
+    A loss of the result is that of the joined batch. Its gradient reaches each rank's own rows from every rank's loss,
+    so that `average_gradients` gives what one process with that batch would have. All ranks have N rows.
+    """
+    return tensor if world_size() == 1 else _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[dist.get_rank()]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:

@@ -31,11 +31,7 @@ def check_encoder(encoder: PreTrainedModel, fields: Sequence[str], preset: str, 
             f"the encoder is a {type(encoder).__name__}, whose configuration has no {missing[0]} to build the other "
             f"networks by: use the preset {preset}, or a checkpoint of such an encoder"
         )
-    if any(value != 0.5 for value in (*preprocessing.mean, *preprocessing.std)):
-        raise InputError(
-            f"the images have mean {preprocessing.mean} and std {preprocessing.std}, and generated ones lie in "
-            "[-1, 1]: choose normalization=symmetric"
-        )
+    check_symmetric(preprocessing)
     channels = getattr(encoder.config, "num_channels", preprocessing.num_channels)
     if channels != preprocessing.num_channels:  # one that averages three channels has grey images to learn from
         raise InputError(
@@ -43,6 +39,15 @@ def check_encoder(encoder: PreTrainedModel, fields: Sequence[str], preset: str, 
             "ones must: build it with num_channels of the data, or decode the images with those of the encoder"
         )
     check_images([encoder], None, preprocessing)
+
+
+def check_symmetric(preprocessing: Preprocessing) -> None:
+    """Raise InputError unless images lie in [-1, 1], as generated ones do."""
+    if any(value != 0.5 for value in (*preprocessing.mean, *preprocessing.std)):
+        raise InputError(
+            f"the images have mean {preprocessing.mean} and std {preprocessing.std}, and generated ones lie in "
+            "[-1, 1]: choose normalization=symmetric"
+        )
 
 
 def check_generator(generator: PreTrainedModel, preprocessing: Preprocessing) -> None:
@@ -60,6 +65,6 @@ def check_generator(generator: PreTrainedModel, preprocessing: Preprocessing) ->
     if made != wanted:
         raise InputError(
             f"the generator's layers make images of {made[0]}x{made[0]} pixels with {made[1]} channel(s), and the "
-            f"data has {wanted[0]}x{wanted[0]} with {wanted[1]}: choose image_size={made[0]} for the data, or mirror "
-            "an encoder whose layers shrink its images to one position"
+            f"data has {wanted[0]}x{wanted[0]} with {wanted[1]}: choose image_size={made[0]} for the data, or a "
+            "generator of its size (BiGAN's mirrors an encoder, whose layers shrink its images to one position)"
         )

@@ -1,6 +1,7 @@
 """The networks of a run in one module: students, training-only modules, and frozen teachers."""
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,10 @@ class FrozenTeacher(nn.Module):
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
+
+    def fingerprint(self) -> str:
+        """See `state_fingerprint`."""
+        return state_fingerprint(self)
 
     # Not inference_mode: its tensors could not enter a trainable layer.
     @torch.no_grad()
@@ -113,6 +118,14 @@ class TrainingNetworks(nn.Module):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Student 0's forward: what the run's model predicts."""
         return self.students[0](pixel_values, **kwargs)
+
+
+def state_fingerprint(module: nn.Module) -> str:
+    """sha256 of all parameters and buffers of a module, with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

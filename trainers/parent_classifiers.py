@@ -1,74 +1,34 @@
-"""A generator's parents: classifiers that its training must not change, and that no checkpoint holds."""
+"""A generator's parents: the classifiers that it is born from, and their place in its card."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.trainer_utils import TrainOutput
 
-from hfkd.errors import InputError, RunError
 from hfkd.evaluation.image_grid import class_grid
 from hfkd.model_cards import Parent, Picture
 
-from .checkpointing import STATE_FOLDER
 from .convergence import ConvergenceConditions
 from .draws import DrawsOnlyTrainer
+from .frozen_parents import FrozenParents
 
 
-FINGERPRINTS = "classifiers.json"  # in a checkpoint's training state
 PICTURED_CLASSES, PICTURED_IMAGES = 16, 10  # rows and columns of the card's pictures
 
 
-class ParentClassifiers(DrawsOnlyTrainer):
+class ParentClassifiers(FrozenParents, DrawsOnlyTrainer):
     """The part of a trainer that is about the classifiers: that they are the same always, and stand in the card."""
+
+    parent_role = "classifier"
 
     @property
     def conditions(self) -> list[ConvergenceConditions]:
         """Those of each classifier, in their order."""
         return list(self.model.teachers)  # type: ignore[arg-type]
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `DistillationTrainer`.
-
-        Raises:
-            RunError: also where a classifier has changed on the way, as nothing may do that.
-        """
-        before = self._fingerprints()
-        output = super().train(*args, **kwargs)
-        if before != self._fingerprints():
-            raise RunError("a classifier's weights or statistics changed during training: a callback must not do that")
-        return output
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _fingerprints(self) -> list[str]:
+    def fingerprints(self) -> list[str]:
         return [one.fingerprint() for one in self.conditions]
-
-    def _save_training_state(self, folder: Path, generators: list[dict[str, Any]]) -> None:
-        super()._save_training_state(folder, generators)
-        (folder / STATE_FOLDER / FINGERPRINTS).write_text(json.dumps(self._fingerprints()), encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in `Checkpointing`.
-
-        Raises:
-            InputError: also where the checkpoint is of a run with other classifiers.
-        """
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / STATE_FOLDER / FINGERPRINTS
-        if not file.is_file():
-            raise InputError(f"{file} is missing: this checkpoint cannot be resumed, choose another one")
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        # As many as there are classes for in the generator's configuration, which has been compared.
-        for number, (before, now) in enumerate(zip(saved, self._fingerprints(), strict=True)):
-            if before != now:
-                raise InputError(
-                    f"classifier {number} is not the one that {resume_from_checkpoint} was trained on (its weights, "
-                    "statistics, or its processor's mean and deviation differ): resume with that one, or start anew"
-                )
 
     # -- the card ----------------------------------------------------------------------------------------------------
 

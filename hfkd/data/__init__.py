@@ -7,9 +7,11 @@ from .columns import ImageColumns, find_columns, read_labels
 from .draws import KeyedDraws
 from .keyed_random import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
 from .loading import ImageDatasets, load_digits, load_image_datasets, split_image_datasets
+from .mixed import MixedImages, SyntheticDraws, synthetic_count
 from .preprocessing import STATISTICS, Preprocessing
 from .sampler import DrawsDataset, KeyedSampler, collate, set_sampler_epoch
 from .sources import ImageSource, ResidentImages, StreamedImages, make_source, view_name
+from .views import ViewAugmentation
 
 
 __all__ = [
@@ -23,11 +25,14 @@ __all__ = [
     "ImageSources",
     "KeyedDraws",
     "KeyedSampler",
+    "MixedImages",
     "Preprocessing",
     "ResidentImages",
     "ResizedCrop",
     "SquareCrop",
     "StreamedImages",
+    "SyntheticDraws",
+    "ViewAugmentation",
     "augmentation_for",
     "build_sources",
     "collate",
@@ -42,5 +47,6 @@ __all__ = [
     "read_labels",
     "set_sampler_epoch",
     "split_image_datasets",
+    "synthetic_count",
     "view_name",
 ]

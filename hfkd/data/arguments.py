@@ -86,10 +86,11 @@ class DataArguments:
             "the dataset's name, else measured (small data) or imagenet."
         },
     )
-    augmentation: Literal["none", "crop", "resized_crop"] | None = field(
+    augmentation: Literal["none", "crop", "resized_crop", "ssl", "ssl_blur"] | None = field(
         default=None,
         metadata={
-            "help": "'crop': pad and crop back; 'resized_crop': a random part of the image, resized; by default "
+            "help": "'crop': pad and crop back; 'resized_crop': a random part of the image, resized; 'ssl': a random "
+            "part, colour jitter and grey versions, for self-supervised learning; 'ssl_blur': blur, too; by default "
             "'crop' for images of up to 96 pixels and 'resized_crop' for larger ones."
         },
     )
@@ -120,7 +121,7 @@ class DataArguments:
             if value is not None and value < least:
                 raise InputError(f"{name} {value} is too small: give at least {least}")
         for name, choices in (
-            ("augmentation", (None, "none", "crop", "resized_crop")),
+            ("augmentation", (None, "none", "crop", "resized_crop", "ssl", "ssl_blur")),
             ("padding_mode", ("reflect", "zeros")),
         ):
             if getattr(self, name) not in choices:

@@ -15,7 +15,8 @@ from .keyed_random import keyed_uniform
 # Columns of a sample's draws. They are fixed, so that switching one operation on or off changes no other.
 _CROP_TOP, _CROP_LEFT, _FLIP, _BATCHED_DRAWS = 0, 1, 2, 3
 _RESIZED_CROP_ATTEMPTS = 10
-_DRAWS = _BATCHED_DRAWS + 2 * _RESIZED_CROP_ATTEMPTS + 2
+DRAWS = _BATCHED_DRAWS + 2 * _RESIZED_CROP_ATTEMPTS + 2  # of which those of a box are the last
+BOX_DRAWS = slice(_BATCHED_DRAWS, DRAWS)
 
 Box = tuple[int, int, int, int]
 
@@ -37,20 +38,24 @@ class ResizedCrop:
 
         `draws` is float64 (22,): ten areas, ten ratios, top, left.
         """
-        values = draws.tolist()
+        left, top, right, bottom = self.boxes(width, height, draws[None])[0].tolist()
+        return left, top, right, bottom
+
+    def boxes(self, width: int, height: int, draws: Tensor) -> Tensor:
+        """Those of N images of one size, int64 (N, 4), from draws (N, 22)."""
         low, high = (math.log(bound) for bound in self.ratio)
-        for attempt in range(_RESIZED_CROP_ATTEMPTS):
-            area = width * height * (self.scale[0] + values[attempt] * (self.scale[1] - self.scale[0]))
-            ratio = math.exp(low + values[_RESIZED_CROP_ATTEMPTS + attempt] * (high - low))
-            part_width, part_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < part_width <= width and 0 < part_height <= height:
-                top = int(values[-2] * (height - part_height + 1))
-                left = int(values[-1] * (width - part_width + 1))
-                return left, top, left + part_width, top + part_height
-        part_width = min(width, max(1, round(height * self.ratio[1])))
-        part_height = min(height, max(1, round(width / self.ratio[0])))
-        left, top = (width - part_width) // 2, (height - part_height) // 2
-        return left, top, left + part_width, top + part_height
+        areas = width * height * (self.scale[0] + draws[:, :_RESIZED_CROP_ATTEMPTS] * (self.scale[1] - self.scale[0]))
+        ratios = (low + draws[:, _RESIZED_CROP_ATTEMPTS:-2] * (high - low)).exp()
+        sizes = torch.stack([(areas * ratios).sqrt(), (areas / ratios).sqrt()], dim=2).round().long()
+        whole = torch.tensor([width, height], device=draws.device)
+        fits = ((sizes > 0) & (sizes <= whole)).all(dim=2)
+        first = fits.byte().argmax(dim=1)[:, None, None].expand(-1, 1, 2)
+        largest = torch.tensor([max(1, round(height * self.ratio[1])), max(1, round(width / self.ratio[0]))])
+        centred = ~fits.any(dim=1, keepdim=True)
+        size = torch.where(centred, largest.to(whole).minimum(whole), sizes.gather(1, first)[:, 0])
+        drawn = (draws[:, [-1, -2]] * (whole - size + 1)).long()
+        start = torch.where(centred, (whole - size) // 2, drawn)
+        return torch.cat([start, start + size], dim=1)
 
 
 @dataclass(frozen=True)
@@ -151,5 +156,5 @@ class Augmentation:
         """The part of one image to cut at decoding, or `None` for the whole (no `resized_crop`)."""
         if self.resized_crop is None:
             return None
-        draws = keyed_uniform(seed, epoch, torch.tensor([index]), view, _DRAWS)[0, _BATCHED_DRAWS:]
+        draws = keyed_uniform(seed, epoch, torch.tensor([index]), view, DRAWS)[0, BOX_DRAWS]
         return self.resized_crop.box(width, height, draws)

@@ -13,6 +13,7 @@ from .augmentation import Augmentation, ResizedCrop
 from .loading import ImageDatasets
 from .preprocessing import STATISTICS, Preprocessing, decode_image
 from .sources import RESIDENT_LIMIT_BYTES, ImageSource, ResidentImages, first_record, make_source
+from .views import ViewAugmentation
 
 
 # The largest images that are padded and cropped by default, and the share of the centre crop of larger ones.
@@ -85,6 +86,10 @@ def augmentation_for(args: DataArguments, dataset_name: str, image_size: int) ->
     flip = args.horizontal_flip
     if flip is None:
         flip = PurePath(dataset_name).name.lower() not in _DIGIT_PICTURES
+    if kind in ("ssl", "ssl_blur"):
+        views = ViewAugmentation(horizontal_flip=flip, blur_probability=0.5 if kind == "ssl_blur" else 0.0)
+        # Of large images the parts are cut while they are whole.
+        return views if image_size <= _SMALL_IMAGE else replace(views, crop=None, resized_crop=views.crop)
     if kind == "resized_crop":
         return Augmentation(horizontal_flip=flip, resized_crop=ResizedCrop())
     padding = image_size // 8 if args.crop_padding is None else args.crop_padding

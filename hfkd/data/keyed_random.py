@@ -20,6 +20,8 @@ GENERATOR_STREAM = -3
 LATENT_STREAM = -4
 NOISE_STREAM = -5
 MIXING_STREAM = -6
+REAL_AUGMENTATION_STREAM = -7
+FAKE_AUGMENTATION_STREAM = -8
 # Takes the place of the epoch, or of the update, in the key of what evaluation draws.
 EVALUATION = -1
 

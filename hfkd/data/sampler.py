@@ -56,6 +56,8 @@ def set_sampler_epoch(dataloader: DataLoader, epoch: int) -> None:
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Joins what a source yields: `key` int64 (N, 2) of (epoch, index), and the tensors of streamed images, stacked.
 
+    Samples that are nothing but a key come first, and the images are those of the others.
+
     A sample that could not be read makes the batch `{"error": message}`, which `materialise` raises: an exception
     thrown in a worker process would reach the user as a page of traceback.
     """
@@ -63,8 +65,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "error" in sample:
             return {"error": sample["error"]}
     batch: dict[str, Any] = {"key": torch.tensor([sample["key"] for sample in samples])}
-    for name in samples[0].keys() - {"key"}:
-        batch[name] = torch.stack([sample[name] for sample in samples])
+    for name in samples[-1].keys() - {"key"}:
+        batch[name] = torch.stack([sample[name] for sample in samples if name in sample])
     return batch
 
 

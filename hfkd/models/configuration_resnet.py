@@ -17,11 +17,14 @@ class HfkdResNetConfig(ConvNetConfig):
         stem: `cifar` (3x3 convolution) or `imagenet` (7x7 convolution and max pooling, stride 4 together).
         shortcut: where the shape changes, `A` (every second pixel, new channels zero; no parameters) or `B` (1x1
             convolution and norm).
+        zero_init_residual: fresh blocks pass their input on, as the last norm of each branch starts at zero (Goyal et
+            al., arXiv 1706.02677, section 5.1).
 
     `ConvNetConfig` has the other fields.
 
     Raises:
-        ValueError: a field is outside its choices, or there is not one depth for each stage.
+        ValueError: a field is outside its choices, there is not one depth for each stage, or there is no norm
+            to start at zero.
     """
 
     model_type = "hfkd_resnet"
@@ -32,6 +35,7 @@ class HfkdResNetConfig(ConvNetConfig):
     layer_type: str = "basic"
     stem: str = "cifar"
     shortcut: str = "B"
+    zero_init_residual: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -41,6 +45,8 @@ class HfkdResNetConfig(ConvNetConfig):
         check_choice("shortcut", self.shortcut, ("A", "B"))
         if not self.depths or len(self.depths) != len(self.hidden_sizes) or min(self.depths) < 1:
             raise ValueError(f"depths={self.depths} must give at least 1 for each of hidden_sizes={self.hidden_sizes}")
+        if self.zero_init_residual and self.norm == "none":
+            raise ValueError("zero_init_residual=True starts norms at zero, and norm='none' has none: choose batch")
 
 
 HfkdResNetConfig.register_for_auto_class("AutoConfig")

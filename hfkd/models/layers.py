@@ -51,6 +51,11 @@ def scale_branch(last_conv: nn.Module, num_branches: int, *, norm: str) -> None:
         last_conv.initial_gain = num_branches**-0.5
 
 
+def start_at_zero(norm: Any) -> None:
+    """Mark the last norm of a residual branch for an initial gain of 0: the block passes its input on at first."""
+    norm.initial_gain = 0.0
+
+
 def make_stages(make_block: Callable[[Any, int, int, int], nn.Module], config: Any, in_channels: int) -> nn.ModuleList:
     """Stages of `config.depths` blocks; every stage after the first halves the size in its first block.
 

@@ -38,6 +38,8 @@ class ConvNetPreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
+            if (gain := getattr(module, "initial_gain", None)) is not None:
+                nn.init.constant_(module.get_parameter("weight"), gain)
 
     def initial_std(self, conv: nn.Conv2d) -> float:
         """Standard deviation of a fresh convolution's weights: He's, with fan-out."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_resnet import HfkdResNetConfig
-from .layers import PadShortcut, make_conv, make_norm, make_stages, scale_branch
+from .layers import PadShortcut, make_conv, make_norm, make_stages, scale_branch, start_at_zero
 from .modeling_convnet import ConvNetForImageClassification, ConvNetModel
 
 
@@ -44,6 +44,8 @@ def make_branch(config: HfkdResNetConfig, in_channels: int, out_channels: int, s
         branch.append(make_norm(config.norm, channels))
         in_channels = channels
     scale_branch(branch[-2], sum(config.depths), norm=config.norm)
+    if config.zero_init_residual:
+        start_at_zero(branch[-1])
     return branch
 
 
