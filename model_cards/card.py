@@ -119,6 +119,8 @@ def _summary(data: CardData) -> str:
     what = "An image classifier, trained" if count == 1 else f"{count} image classifiers, trained together"
     if data.method.task == GENERATION:
         what = "A generator of images of classes, made without data"
+        if data.has_discriminator:
+            what = "A generator of images, trained without labels"
     elif data.method.task != TASK:
         what = "An image encoder, trained without labels"
     where = f" on {_linked_data(data)}" if data.data else ""
@@ -182,7 +184,8 @@ def _results(data: CardData) -> str:
         subjects = dict.fromkeys(measured.subject for measured in here)
         rows = [(subject, *(values.get((subject, metric), "") for metric in metrics)) for subject in subjects]
         size = data.data.splits.get(split) if data.data else None
-        where = "fixed draws" if data.method.task == GENERATION else f"the {split} split"
+        drawn = data.method.task == GENERATION and not data.has_discriminator
+        where = "fixed draws" if drawn else f"the {split} split"
         title = f"On {where}" + (f" ({size:,} images):" if size else ":")
         tables.append(f"{title}\n\n{_table(('', *metrics), rows)}")
     return "\n\n".join(tables)
@@ -214,7 +217,7 @@ def _hyperparameters(data: CardData) -> str:
     if not data.hyperparameters:
         return ""
     rows = ((f"`{name}`", f"`{value}`") for name, value in data.hyperparameters.items())
-    return f"Settings that differ from the defaults:\n\n{_table(('Setting', 'Value'), rows)}"
+    return f"{data.settings_title}:\n\n{_table(('Setting', 'Value'), rows)}"
 
 
 def _environment(data: CardData) -> str:

@@ -34,11 +34,16 @@ _SINGLE_METRICS = {
     "top5_accuracy": _METRICS["top5"],
     "mean_average_precision": _METRICS["mean_average_precision"],
     "mean_average_precision_11_point": ("mean_average_precision", "Mean average precision (11 points)"),
+    "knn_accuracy": ("knn_accuracy", "Accuracy of 200 nearest neighbours"),
+    "representation_rank": ("representation_rank", "Effective rank of the representations"),
     "min_margin": ("min_margin", "Smallest margin"),
     "median_margin": ("median_margin", "Median margin"),
     "sqrt_stationarity": ("sqrt_stationarity", "Part of the classifier's weights left unexplained (sqrt of L_st)"),
     "duality": ("duality", "Duality loss"),
     "self_accuracy": ("self_accuracy", "Agreement of the classifier with the labels"),
+    "frechet_distance": ("frechet_distance", "Fréchet distance in the judge's features"),
+    "judge_confidence": ("judge_confidence", "Mean confidence of the judge"),
+    "smallest_judge_share": ("smallest_judge_share", "Share of the judge's rarest class"),
 }
 # Those of networks that work together, and are measured together.
 _JOINT_METRICS = {
@@ -162,6 +167,7 @@ class CardData:
         license: a licence identifier of the Hub.
         measurements: the numbers, in the order of the table.
         hyperparameters: settings that differ from the defaults, see `changed_settings`.
+        settings_title: what the table of them is called.
         log_history: `trainer.state.log_history`, from which `write_card` draws the curves.
         pictures: further pictures, already saved beside the card.
         environment: what `hfkd.hub.hardware.environment_report` returns.
@@ -177,12 +183,18 @@ class CardData:
     license: str | None = None
     measurements: tuple[Measurement, ...] = ()
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    settings_title: str = "Settings that differ from the defaults"
     log_history: tuple[Mapping[str, Any], ...] = ()
     pictures: tuple[Picture, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     wall_time_s: float | None = None
     command: str | None = None
     revision: str | None = None
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether the generator at the root comes with the discriminator that it was trained against."""
+        return any(student.folder == "discriminator" for student in self.students)
 
 
 def hub_id_or_none(name: str) -> str | None:

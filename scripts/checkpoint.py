@@ -9,7 +9,14 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
 
 import hfkd.models  # noqa: F401  registers the hfkd_* model types
 from hfkd.data import Preprocessing
@@ -19,7 +26,7 @@ from hfkd.hub.errors import explain
 
 _PEER = re.compile(r"student_([1-9]\d*)")
 _FILES = ["*.json", "model*.safetensors", "*.py", "*.yaml"]
-_NETWORKS = ["student_*", "generator"]  # folders beside the root's
+_NETWORKS = ["student_*", "generator", "discriminator"]  # folders beside the root's
 
 
 @dataclass
@@ -50,8 +57,15 @@ def fetch(name: str, revision: str | None = None) -> Path:
         raise InputError(f"checkpoint {name!r} is neither a folder nor a repo that can be fetched: {cause}") from error
 
 
-def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Cohort:
+def load_cohort(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, headless: bool = False
+) -> Cohort:
     """Every student of a saved cohort, in eval mode: the first at the root, its peers in student_1, student_2, ...
+
+    Args:
+        name, revision: a folder, or a repo of the Hub.
+        trust_remote_code: whether the checkpoint may run its own code.
+        headless: take a network whose kind has no image classifier too, a discriminator.
 
     Raises:
         InputError: nothing there, a generator or no image classifier, weights missing below the classifier, or code
@@ -66,8 +80,9 @@ def load_cohort(name: str, *, trust_remote_code: bool = False, revision: str | N
     peers = [match for match in map(_PEER.fullmatch, (path.name for path in folder.iterdir())) if match]
     subfolders = ["", *(match.group() for match in sorted(peers, key=lambda match: int(match.group(1))))]
     try:
+        auto_class = _auto_class(folder, trust_remote_code) if headless else AutoModelForImageClassification
         loaded = [
-            AutoModelForImageClassification.from_pretrained(
+            auto_class.from_pretrained(
                 folder,
                 subfolder=subfolder,
                 trust_remote_code=trust_remote_code,
@@ -99,9 +114,18 @@ def holds_generator(folder: Path) -> bool:
     return "latent_size" in config and "AutoModelForImageClassification" not in config.get("auto_map", {})
 
 
+def _auto_class(folder: Path, trust_remote_code: bool) -> Any:
+    """What loads the networks in `folder`, whose kind may have no classifier."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    by_code = "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {})
+    classifies = by_code or type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return AutoModelForImageClassification if classifies else AutoModel
+
+
 def _fresh_weights(student: PreTrainedModel, missing: Iterable[str], place: str) -> list[str]:
     """The weights `missing` in the checkpoint `place`. Raises `InputError` unless all are of the classifier."""
-    below = sorted(name for name in missing if name.startswith(f"{student.base_model_prefix}."))
+    whole = student.base_model is student  # there is no classifier to lack
+    below = sorted(name for name in missing if whole or name.startswith(f"{student.base_model_prefix}."))
     if below:
         raise InputError(f"checkpoint {place} lacks weights: {', '.join(below[:3])}: give a whole checkpoint")
     return sorted(missing)

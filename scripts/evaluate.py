@@ -1,7 +1,6 @@
 """`hfkd evaluate CHECKPOINT`: each student of a saved cohort, and their ensemble, on test images; or a generator."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +12,17 @@ from hfkd.data import DataArguments, ImageDatasets, ImageSource, load_image_data
 from hfkd.errors import InputError
 from hfkd.evaluation.classifier import classifier_metrics
 from hfkd.evaluation.cohort import cohort_metrics
+from hfkd.evaluation.frozen_features import has_classifier
 from hfkd.evaluation.inference import outputs_over
-from hfkd.evaluation.knn import knn_accuracy
-from hfkd.evaluation.linear_probe import linear_probe_accuracy
 from hfkd.evaluation.metrics import MeanAveragePrecision
-from hfkd.models import ClassifierAdapter, HfkdGradientFeaturesConfig
 
 from .checkpoint import Cohort, load_cohort
 from .evaluate_generation import GenerationArguments, describe_generation, evaluate_generation
 from .measured_data import check_classes, check_labelled_test, data_of_run
 from .options import build, read_options
 from .present import describe_accuracies
+from .probed_checkpoint import check_can_be_saved, save_probed
+from .probes import ProbeArguments, Probed, probe
 from .results import write_atomically
 
 
@@ -48,7 +47,7 @@ class EvaluateArguments:
             raise InputError(f"batch_size {self.batch_size} is too small: give at least 1")
 
 
-KINDS = [EvaluateArguments, GenerationArguments, DataArguments]
+KINDS = [EvaluateArguments, ProbeArguments, GenerationArguments, DataArguments]
 
 
 def run(argv: list[str]) -> int:
@@ -56,7 +55,8 @@ def run(argv: list[str]) -> int:
     values = read_options(KINDS, argv[1:] if name else argv, "hfkd evaluate CHECKPOINT")
     if name is None:
         raise InputError("hfkd evaluate needs a checkpoint first: hfkd evaluate FOLDER_OR_HUB_ID [--option value ...]")
-    arguments, of_generation = build([EvaluateArguments, GenerationArguments], values)
+    arguments, of_probe, of_generation = build([EvaluateArguments, ProbeArguments, GenerationArguments], values)
+    of_probe.refuse_unused({item.name for item in fields(ProbeArguments)} & values.keys(), arguments.protocol)
     if arguments.protocol == "generation":
         result = evaluate_generation(
             name,
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
         )
         text = describe_generation(result)
     else:
-        result = _evaluate_cohort(name, values, arguments)
+        result = _evaluate_cohort(name, values, arguments, of_probe)
         text = describe_accuracies(result["metrics"], result["n_test"])
     print(text)
     for setting, value in result["settings"].items():
@@ -78,27 +78,43 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _evaluate_cohort(name: str, values: dict[str, Any], arguments: EvaluateArguments) -> dict[str, Any]:
+def _evaluate_cohort(
+    name: str, values: dict[str, Any], arguments: EvaluateArguments, of_probe: ProbeArguments
+) -> dict[str, Any]:
     unused = sorted(field.name for field in fields(GenerationArguments) if field.name in values)
     if unused:
         raise InputError(f"--{unused[0]} is for --protocol generation, and --protocol is {arguments.protocol!r}")
-    cohort = load_cohort(name, trust_remote_code=arguments.trust_remote_code, revision=arguments.revision)
-    if cohort.fresh_weights and arguments.protocol == "accuracy":
+    trust, revision = arguments.trust_remote_code, arguments.revision
+    cohort = load_cohort(name, trust_remote_code=trust, revision=revision, headless=True)
+    whole = has_classifier(cohort.students[0]) and not cohort.fresh_weights
+    if not whole and arguments.protocol == "accuracy":
         raise InputError(
             f"checkpoint {name!r} was saved without a classifier: use --protocol linear-probe or --protocol knn"
         )
+    if of_probe.output_dir is not None:
+        check_can_be_saved(cohort, of_probe.output_dir)
     # Unless the user names data, the test images are those of the run.
     data_options = {} if "dataset_name" in values else data_of_run(cohort.folder)
     (data_arguments,) = build([DataArguments], {**data_options, **values})
-    return evaluate(cohort, load_image_datasets(data_arguments), arguments)
+    data = load_image_datasets(data_arguments)
+    result, probed = evaluate(cohort, data, data_arguments, arguments, of_probe)
+    if of_probe.output_dir is not None:
+        save_probed(cohort, name, probed, data, of_probe.output_dir)
+    return result
 
 
-def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) -> dict[str, Any]:
+def evaluate(
+    cohort: Cohort,
+    data: ImageDatasets,
+    data_arguments: DataArguments,
+    arguments: EvaluateArguments,
+    of_probe: ProbeArguments,
+) -> tuple[dict[str, Any], Probed]:
     """Measure a cohort on the test images.
 
-    Returns `metrics`, `n_test`, `protocol`, and the probe's `settings`. Metrics are named as by `cohort_metrics`, and
-    those of a single student as by `classifier_metrics`; probes give `student_<k>_accuracy`, several labels per image
-    `student_<k>_mean_average_precision`.
+    Returns `metrics`, `n_test`, `protocol`, and the probe's `settings`; and what the probe found. Metrics are named as
+    by `cohort_metrics`, and those of a single student as by `classifier_metrics`; probes give `student_<k>_accuracy`,
+    several labels per image `student_<k>_mean_average_precision`.
 
     Raises:
         InputError: no labelled test images, or other classes than the students know.
@@ -107,20 +123,23 @@ def evaluate(cohort: Cohort, data: ImageDatasets, arguments: EvaluateArguments) 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for student in cohort.students:
         student.to(device)
-    test = make_source(test_images, data.columns, cohort.preprocessing, name="test")
-    settings: dict[str, float] = {}
     if arguments.protocol == "accuracy":
         mend = "evaluate on the data it was trained for, or use --protocol linear-probe"
         check_classes(cohort.students[0].config, data, "the checkpoint", mend)
-        metrics = _accuracies(cohort, test, device, arguments.batch_size)
+        test = make_source(test_images, data.columns, cohort.preprocessing, name="test")
+        found = Probed(_accuracies(cohort, test, device, arguments.batch_size), {}, [])
     else:
-        if data.columns.multi_label:
-            raise InputError(
-                f"protocol {arguments.protocol!r} needs one label per image, and {data.name!r} has several"
-            )
-        train = make_source(data.train, data.columns, cohort.preprocessing, name="train")
-        metrics, settings = _probes(cohort, train, test, device, arguments)
-    return {"protocol": arguments.protocol, "metrics": metrics, "n_test": len(test), "settings": settings}
+        found = probe(
+            cohort,
+            data,
+            data_arguments,
+            of_probe,
+            protocol=arguments.protocol,
+            batch_size=arguments.batch_size,
+            device=device,
+        )
+    result = {"metrics": found.metrics, "n_test": len(test_images), "settings": found.settings}
+    return {"protocol": arguments.protocol, **result}, found
 
 
 def logits_over(
@@ -150,26 +169,3 @@ def _accuracies(cohort: Cohort, test: ImageSource, device: torch.device, batch_s
         .compute(predictions=scores.numpy(), references=labels.long().numpy())
         .items()
     }
-
-
-def _probes(
-    cohort: Cohort, train: ImageSource, test: ImageSource, device: torch.device, arguments: EvaluateArguments
-) -> tuple[dict[str, float], dict[str, float]]:
-    probe = knn_accuracy if arguments.protocol == "knn" else linear_probe_accuracy
-    metrics: dict[str, float] = {}
-    settings: dict[str, float] = {}
-    for number, student in enumerate(cohort.students):
-        pooled = _pooled_features(student)
-        features, labels = outputs_over(train, pooled, device, arguments.batch_size)
-        test_features, test_labels = outputs_over(test, pooled, device, arguments.batch_size)
-        assert labels is not None and test_labels is not None  # one label column serves all splits
-        metrics[f"student_{number}_accuracy"], settings = probe(features, labels, test_features, test_labels)
-    return metrics, settings
-
-
-def _pooled_features(student: Any) -> Callable[[Tensor], Tensor]:
-    """From images (N, C, H, W) to pooled features (N, D), for gradient features those of their base."""
-    if student.config.model_type == HfkdGradientFeaturesConfig.model_type:
-        return student.base_model.features
-    adapter = ClassifierAdapter(student)
-    return lambda pixel_values: adapter(pixel_values).pooled
