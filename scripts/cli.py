@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "measure a saved checkpoint: hfkd evaluate CHECKPOINT --dataset_name NAME --protocol accuracy",
     "sample": "images of a saved generator as one picture: hfkd sample GENERATOR --num_images 64 --output grid.png",
     "exponents": "how a classifier's tensors scale, for generating from it: hfkd exponents CHECKPOINT",
+    "convert": "other formats' networks: hfkd convert stylegan2-ada FILE.pkl FOLDER",
     "push": "share a saved folder on the Hub: hfkd push FOLDER REPO_ID",
     "study": "arms x seeds from one file, resumable: hfkd study FILE.yaml",
     "search": "random search by a data-free criterion, resumable: hfkd search METHOD --trials 20 [--config FILE.yaml]",

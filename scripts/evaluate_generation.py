@@ -90,8 +90,8 @@ def evaluate_generation(
     generator, folder = load_generator(name, trust_remote_code=trust_remote_code, revision=revision)
     names = class_names(generator, arguments.classifier_index)
     parent_name = arguments.classifier or named_parent(folder, arguments.classifier_index)
-    parent = _load_classifier(parent_name, trust_remote_code)
-    judging = _load_classifier(arguments.judge, trust_remote_code)
+    parent = load_classifier(parent_name, trust_remote_code)
+    judging = load_classifier(arguments.judge, trust_remote_code)
     data = load_image_datasets(_data_arguments(values, [parent.folder] if parent else [folder, folder.parent]))
     if names is not None:
         check_class_names(names, data, f"the generator {name!r}", _MEND)
@@ -147,7 +147,7 @@ def describe_generation(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _load_classifier(name: str | None, trust_remote_code: bool) -> Cohort | None:
+def load_classifier(name: str | None, trust_remote_code: bool) -> Cohort | None:
     if name is None:
         return None
     cohort = load_cohort(name, trust_remote_code=trust_remote_code)

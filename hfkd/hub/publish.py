@@ -68,8 +68,9 @@ def is_repo_id(name: str) -> bool:
 def stage(folder: Path | str) -> Path:
     """Copy what the Hub is to get from a saved tree to a new temporary folder, which the caller removes.
 
-    That is, of the root, of `student_1`, `student_2`, ... and of `generator`: the weights (`model*.safetensors`) and
-    all json, py, md, png and yaml files. Optimizer states, pickles, checkpoints and training-only modules stay.
+    That is, of the root, of `student_1`, `student_2`, ..., `generator` and `discriminator`: the weights
+    (`model*.safetensors`) and all json, py, md, png and yaml files. Optimizer states, pickles, checkpoints and
+    training-only modules stay.
 
     Raises:
         InputError: `folder` holds no saved model.

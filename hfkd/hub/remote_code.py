@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hfkd.errors import InputError
 
 
-_PEER_FOLDER = re.compile(r"student_[1-9]\d*|generator")
+_PEER_FOLDER = re.compile(r"student_[1-9]\d*|generator|discriminator")
 
 
 def cohort_folders(count: int) -> list[str]:
@@ -33,7 +33,7 @@ def student_folder(folder: Path | str, index: int) -> Path:
 
 
 def peer_folders(folder: Path | str) -> list[Path]:
-    """The subfolders of `folder` that are named as a network's beside the root's: student_1, ..., and generator."""
+    """The subfolders of `folder` named as networks beside the root's: student_1, ..., generator, discriminator."""
     return [path for path in sorted(Path(folder).iterdir()) if path.is_dir() and _PEER_FOLDER.fullmatch(path.name)]
 
 

@@ -11,24 +11,44 @@ from transformers.image_transforms import to_pil_image
 from transformers.utils import ModelOutput
 
 
+def class_numbers(n: int, labels: Sequence[int] | torch.Tensor | None, num_classes: int) -> torch.Tensor:
+    """`labels` as int64 (n,) on the CPU, by default 0, 1, 2, ... in turn.
+
+    Raises:
+        ValueError: another number of labels, or a label outside the classes.
+    """
+    numbers = torch.arange(n) % num_classes if labels is None else torch.as_tensor(labels).cpu().long()
+    if numbers.shape != (n,):
+        raise ValueError(f"labels have shape {tuple(numbers.shape)}: {n} images need {n} labels")
+    outside = numbers[(numbers < 0) | (numbers >= num_classes)]
+    if len(outside):
+        raise ValueError(
+            f"label {int(outside[0])} is outside the {num_classes} classes: give numbers from 0 to {num_classes - 1}"
+        )
+    return numbers
+
+
 @dataclass
 class GeneratorOutput(ModelOutput):
     """Attributes:
-    images: (N, C, H, W) in [-1, 1].
+    images: (N, C, H, W) in [-1, 1]; those of a family without tanh, as StyleGAN2, may lie a little outside.
     block_features: the map after each block, (N, C_b, H_b, W_b), in order.
     latents: (N, latent_size), what the images were made of.
+    intermediate_latents: (N, num_ws, w_dim), the styles that a mapping network made of the latents; None without one.
     """
 
     images: torch.Tensor | None = None
     block_features: tuple[torch.Tensor, ...] | None = None
     latents: torch.Tensor | None = None
+    intermediate_latents: torch.Tensor | None = None
 
 
 class GeneratorPreTrainedModel(PreTrainedModel):
     """A generator's `forward(latents, labels=None)` is a function of its arguments and returns a `GeneratorOutput`.
 
-    Its configuration has `latent_size`, `num_channels` and `image_size`. A family whose forward takes further random
-    inputs (noise in its layers) draws them in `draw_inputs` as well; one whose images belong to classes says in
+    Its configuration has `latent_size`, `num_channels` and `image_size`. A family with noise in its layers says in
+    `noise_size` how much of it an image takes, and its forward takes `noise` (N, noise_size), or None for no noise. A
+    family with further random inputs draws them in `draw_inputs` as well; one whose images belong to classes says in
     `conditions` what `sample` makes where it is given no labels.
     """
 
@@ -36,9 +56,17 @@ class GeneratorPreTrainedModel(PreTrainedModel):
     output_modalities = ("image",)
     accepts_loss_kwargs = False
 
+    @property
+    def noise_size(self) -> int:
+        """Standard normal numbers that the layers of one image take; 0 without such noise."""
+        return 0
+
     def draw_inputs(self, n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random inputs of `forward` for `n` images, on the CPU; here `latents` from N(0, I)."""
-        return {"latents": torch.randn(n, self.config.latent_size, generator=generator)}
+        """Random inputs of `forward` for `n` images, on the CPU; here `latents` and any `noise`, from N(0, I)."""
+        drawn = {"latents": torch.randn(n, self.config.latent_size, generator=generator)}
+        if self.noise_size:
+            drawn["noise"] = torch.randn(n, self.noise_size, generator=generator)
+        return drawn
 
     def conditions(self, n: int, labels: Sequence[int] | torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """What is asked of `n` images, as inputs of `forward` on the CPU; here `labels` (n,), where they are given."""
@@ -75,7 +103,7 @@ class GeneratorPreTrainedModel(PreTrainedModel):
         modes: dict[nn.Module, bool] = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            return self(**inputs, return_dict=True).images
+            return self(**inputs, return_dict=True).images.clamp(-1, 1)
         finally:
             for module, mode in modes.items():
                 module.training = mode

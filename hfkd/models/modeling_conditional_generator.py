@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_conditional_generator import HfkdConditionalGeneratorConfig
-from .generator import GeneratorOutput, GeneratorPreTrainedModel
+from .generator import GeneratorOutput, GeneratorPreTrainedModel, class_numbers
 
 
 START_CONTRAST = 0.1  # of the images that `start_at` leaves, before tanh, against those of Kaiming's weights
@@ -93,15 +93,7 @@ class HfkdConditionalGeneratorModel(GeneratorPreTrainedModel):
         counts = self.config.class_counts
         if not 0 <= classifier_index < len(counts):
             raise ValueError(f"classifier_index={classifier_index} is unknown: there are {len(counts)} classifiers")
-        count = counts[classifier_index]
-        numbers = torch.arange(n) % count if labels is None else torch.as_tensor(labels).cpu().long()
-        if numbers.shape != (n,):
-            raise ValueError(f"labels have shape {tuple(numbers.shape)}: {n} images need {n} labels")
-        outside = numbers[(numbers < 0) | (numbers >= count)]
-        if len(outside):
-            raise ValueError(
-                f"label {int(outside[0])} is outside the {count} classes: give numbers from 0 to {count - 1}"
-            )
+        numbers = class_numbers(n, labels, counts[classifier_index])
         return {"labels": numbers, "classifier_index": torch.full((n,), classifier_index)}
 
     @can_return_tuple

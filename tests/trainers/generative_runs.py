@@ -1,4 +1,4 @@
-"""Tiny runs of BiGAN and the VAE on the digits, here or in processes of their own."""
+"""Tiny runs of BiGAN, the GAN and the VAE on the digits, here or in processes of their own."""
 
 import json
 from dataclasses import replace
@@ -16,10 +16,15 @@ from hfkd.models import (
     HfkdBiganEncoderModel,
     HfkdBiganGeneratorConfig,
     HfkdBiganGeneratorModel,
+    HfkdDcganDiscriminatorConfig,
+    HfkdDcganDiscriminatorModel,
+    HfkdDcganGeneratorConfig,
+    HfkdDcganGeneratorModel,
     HfkdVaeEncoderConfig,
     HfkdVaeEncoderModel,
 )
 from hfkd.trainers.bigan import BiGanConfig, BiGanTrainer
+from hfkd.trainers.gan import GanConfig, GanTrainer
 from hfkd.trainers.vae import VaeConfig, VaeTrainer
 
 
@@ -35,8 +40,10 @@ SETTINGS = {
 # Without what draws or ties a batch's images together, a batch is the sum of its parts.
 SEPARABLE = {
     "bigan": {"norm": "group", "discriminator_dropout": 0.0, "discriminator_input_dropout": 0.0},
+    "gan": {"norm": "none"},
     "vae": {"norm": "none"},
 }
+KINDS = {"bigan": (BiGanTrainer, BiGanConfig), "gan": (GanTrainer, GanConfig), "vae": (VaeTrainer, VaeConfig)}
 
 
 @cache
@@ -51,10 +58,14 @@ def symmetric_digits(num_channels=1):
 
 
 def tiny_networks(method, norm=None, seed=0, dtype=torch.float32):
-    """Encoder, and for BiGAN generator."""
+    """Encoder, and for BiGAN generator; of a GAN generator and discriminator."""
     norm = {} if norm is None else {"norm": norm}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if method == "gan":
+            made = {"image_size": 8, "num_channels": 1, "width": 4, "initializer_range": 0.2, **norm}
+            generator = HfkdDcganGeneratorModel(HfkdDcganGeneratorConfig(latent_size=4, **made))
+            return [generator.to(dtype), HfkdDcganDiscriminatorModel(HfkdDcganDiscriminatorConfig(**made)).to(dtype)]
         if method == "vae":
             config = HfkdVaeEncoderConfig(depth=4, scales=1, num_channels=1, image_size=8, **norm)
             return [HfkdVaeEncoderModel(config).to(dtype)]
@@ -65,8 +76,11 @@ def tiny_networks(method, norm=None, seed=0, dtype=torch.float32):
         return [HfkdBiganEncoderModel(config).to(dtype), generator.to(dtype)]
 
 
-def tiny_trainer(method, output_dir, networks=None, sources=None, callbacks=None, **config):
-    """A trainer of `bigan` or `vae`; `norm`, `seed_of_networks` and `dtype` go to the networks."""
+def tiny_trainer(method, output_dir, networks=None, sources=None, callbacks=None, parts=None, **config):
+    """A trainer of `bigan`, `gan` or `vae`; `norm`, `seed_of_networks` and `dtype` go to the networks.
+
+    `parts` are further arguments of the trainer itself.
+    """
     norm, seed, dtype = (
         config.pop(name, default)
         for name, default in (("norm", None), ("seed_of_networks", 0), ("dtype", torch.float32))
@@ -75,13 +89,14 @@ def tiny_trainer(method, output_dir, networks=None, sources=None, callbacks=None
     sources = sources or symmetric_digits()
     if method == "vae":
         config = {"latent_channels": 2} | config
-    kind, settings = (VaeTrainer, VaeConfig) if method == "vae" else (BiGanTrainer, BiGanConfig)
+    kind, settings = KINDS[method]
     return kind(
         *networks,
         args=settings(str(output_dir), **(SETTINGS | config)),
         train_dataset=sources.train,
         eval_dataset=sources.test,
         callbacks=callbacks,
+        **(parts or {}),
     )
 
 

@@ -1,4 +1,4 @@
-"""What each setting of BiGAN and of the VAE does, seen from outside; those of the base are seen in `test_flags`."""
+"""What each setting of BiGAN, the GAN and the VAE does, seen from outside; those of the base are in `test_flags`."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,10 +14,11 @@ from watched_runs import batch_sizes, logged, losses, order, saved, steps_done, 
 
 from hfkd.trainers.bigan import BiGanConfig
 from hfkd.trainers.config import DistillationConfig
+from hfkd.trainers.gan import GanConfig, GanTrainer
 from hfkd.trainers.vae import VaeConfig
 
 
-CONFIGS = {"bigan": BiGanConfig, "vae": VaeConfig}
+CONFIGS = {"bigan": BiGanConfig, "gan": GanConfig, "vae": VaeConfig}
 METHODS = sorted(CONFIGS)
 
 
@@ -26,7 +27,7 @@ def run(tmp_path):
     """run(method, **config) -> a trainer that has trained for two steps of four per epoch, and what it did in `seen`.
 
     That is its batches, the gradients of each update by optimizer and parameter, a convolution's outputs, the share
-    that each dropout of the discriminator dropped, and all weights at the start.
+    that each dropout of the discriminator dropped, what a GAN's discriminator is shown, and all weights at the start.
     """
 
     def make(method, train=True, output_dir="run", **config):
@@ -40,7 +41,7 @@ def run(tmp_path):
 
 
 def watch(trainer):
-    seen = SimpleNamespace(batches=[], gradients=[], convolved=[], dropped=[], start=weights(trainer.model))
+    seen = SimpleNamespace(batches=[], gradients=[], convolved=[], dropped=[], shown=[], start=weights(trainer.model))
     step, networks = trainer.method_step, trainer.model
     names = {parameter: name for name, parameter in networks.named_parameters()}
 
@@ -56,8 +57,12 @@ def watch(trainer):
         seen.dropped.append(((output == 0) & present).sum().item() / present.sum().item())
 
     trainer.method_step = watched
-    second = [m for m in networks.students[0].modules() if isinstance(m, nn.Conv2d)][1]
-    second.register_forward_hook(lambda m, x, y: seen.convolved.append(y))
+    convolutions = [m for m in networks.students.modules() if isinstance(m, nn.Conv2d)]
+    # A GAN has them in its discriminator alone; elsewhere the first one has a single channel to read.
+    one = 0 if isinstance(trainer, GanTrainer) else 1
+    convolutions[one].register_forward_hook(lambda m, x, y: seen.convolved.append(y))
+    if isinstance(trainer, GanTrainer):
+        networks.students[1].register_forward_hook(lambda m, x, y: seen.shown.append(x[0].detach()))
     for layer in networks.training_only.modules():
         if isinstance(layer, nn.Dropout):
             layer.register_forward_hook(dropped)
@@ -81,6 +86,24 @@ def kinds_in_discriminator(t):
     return {type(m).__name__ for m in t.model.training_only["discriminator"].modules()}
 
 
+def average_is(share):
+    """Whether the saved generator is where it was, but for this share of what the learning one has moved."""
+
+    def see(t):
+        average, learner = t.model.students[0], t.model.training_only["generator"]
+        named = zip(average.named_parameters(), learner.parameters(), strict=True)
+        starts = [(t.seen.start[f"students.0.{name}"], own, new) for (name, own), new in named]
+        return all(torch.allclose(own, start.lerp(new, share), atol=1e-7) for start, own, new in starts)
+
+    return see
+
+
+def only_holes(t):
+    """Whether real images are shown as they are, but for what was cut out."""
+    shown, images = t.seen.shown[0], t.seen.batches[0]["pixel_values"]
+    return bool(((shown == images) | (shown == 0)).all() and (shown != images).any())
+
+
 def weight_of(term, total, rest):
     """What a term weighs in a logged total: one number for each step, given the sum of the other terms."""
     return lambda t: [(entry[total] - rest(entry)) / entry[term] for entry in losses(t)]
@@ -89,6 +112,14 @@ def weight_of(term, total, rest):
 FOUR = {"max_steps": 4}
 CONSTANT = {"max_steps": 4, "lr_milestones": []}
 WASSERSTEIN = {"gan_loss": "wasserstein"}
+# A target that is always exceeded: half a probability more after each update.
+ADA = {"discriminator_augmentation": "ada", "ada_target": -1.0, "ada_interval": 1, "ada_images": 0.1}
+DISCRIMINATOR_RATES = [
+    ("discriminator_learning_rate", 0.01, logged("learning_rate_discriminator"), [0.01] * 4, CONSTANT),
+    ("discriminator_lr_milestones", [0.5], logged("learning_rate_discriminator"), [1e-3, 1e-3, 1e-4, 1e-4], FOUR),
+    ("lr_gamma", 0.5, logged("learning_rate_discriminator"), [1e-3, 1e-3, 5e-4, 5e-4],
+     FOUR | {"discriminator_lr_milestones": [0.5]}),
+]  # fmt: skip
 
 # (field, value, what is looked at, what is seen, the other settings). Without the value, something else is seen.
 SHARED = [
@@ -106,7 +137,7 @@ SHARED = [
     ("max_grad_norm", 1e-15, parts_that_moved, set(), {}),
     ("bf16", True, lambda t: t.seen.convolved[-1].dtype, torch.bfloat16, {}),
     ("channels_last", True, lambda t: t.seen.convolved[0].stride()[1], 1, {}),
-    ("eval_strategy", "steps", steps_with("eval_reconstruction_error"), [1, 2], {"eval_steps": 1}),
+    ("eval_strategy", "steps", steps_with("eval_runtime"), [1, 2], {"eval_steps": 1}),
     ("save_strategy", "steps", saved, [1, 2], {"save_steps": 1}),
 ]  # fmt: skip
 EFFECTS = {
@@ -118,17 +149,31 @@ EFFECTS = {
          approx([3.0, 3.0], rel=1e-3), WASSERSTEIN),
         ("discriminator_steps", 3, lambda t: [bool(update["encoder_generator"]) for update in t.seen.gradients],
          [True, False, False, True], FOUR),
-        ("discriminator_learning_rate", 0.01, logged("learning_rate_discriminator"), [0.01] * 4, CONSTANT),
+        *DISCRIMINATOR_RATES,
         ("discriminator_learning_rate", 0.0, lambda t: "training_only.discriminator" in parts_that_moved(t), False,
          {}),
-        ("discriminator_lr_milestones", [0.5], logged("learning_rate_discriminator"), [1e-3, 1e-3, 1e-4, 1e-4], FOUR),
-        ("lr_gamma", 0.5, logged("learning_rate_discriminator"), [1e-3, 1e-3, 5e-4, 5e-4],
-         FOUR | {"discriminator_lr_milestones": [0.5]}),
         ("discriminator_activation", "leaky_relu", lambda t: kinds_in_discriminator(t) & {"Maxout", "LeakyReLU"},
          {"LeakyReLU"}, {}),
         ("discriminator_norm", "batch", lambda t: "BatchNorm2d" in kinds_in_discriminator(t), True, {}),
         ("discriminator_input_dropout", 0.4, lambda t: t.seen.dropped[0], approx(0.4, abs=0.05), {}),
         ("discriminator_dropout", 0.2, lambda t: t.seen.dropped[1], approx(0.2, abs=0.05), {}),
+    ],
+    "gan": [
+        *SHARED,
+        *DISCRIMINATOR_RATES,
+        ("discriminator_learning_rate", 0.0, lambda t: "students.1" in parts_that_moved(t), False, {}),
+        ("r1_weight", 0.0, steps_with("r1_penalty"), [], {}),
+        ("r1_interval", 2, steps_with("r1_penalty"), [1, 3], FOUR),
+        # Without a limit from the first step on; the half-life is one update.
+        ("ema_half_life", 0.05, average_is(0.5), True, {"max_steps": 1, "ema_ramp_up": 0.0}),
+        ("ema_ramp_up", 0.0, average_is(1), False, {"max_steps": 1}),
+        ("discriminator_augmentation", "diffaugment",
+         lambda t: torch.equal(t.seen.shown[0], t.seen.batches[0]["pixel_values"]), False, {}),
+        ("discriminator_augmentation", "ada", lambda t: "augmentation_probability" in losses(t)[0], True, {}),
+        ("augmentation_operations", ["cutout"], only_holes, True, {"discriminator_augmentation": "diffaugment"}),
+        ("ada_target", 1.0, logged("augmentation_probability"), [0, 0], ADA),
+        ("ada_interval", 2, logged("augmentation_probability"), [0, 0, 1, 1], FOUR | ADA),
+        ("ada_images", 0.2, logged("augmentation_probability"), [0, 0.25, 0.5, 0.75], FOUR | ADA),
     ],
     "vae": [
         *SHARED,
@@ -186,7 +231,15 @@ def goes_where_torch_goes(trainer, args):
     return True
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_the_seed_draws_no_network_of_a_gan(run):
+    """All of them are given; the data's draws follow the data's seed."""
+    first, other, data = (run("gan", output_dir=str(n), **s) for n, s in enumerate(({}, {"seed": 1, "data_seed": 42},
+                                                                                   {"data_seed": 1})))  # fmt: skip
+    assert order(first) == order(other) != order(data)
+    assert_equal(weights(first.model), weights(other.model))
+
+
+@pytest.mark.parametrize("method", ["bigan", "vae"])
 def test_seed_draws_networks_and_data_seed_draws_data(run, method):
     first = run(method, output_dir="a")
     networks = run(method, output_dir="b", seed=1, data_seed=42)
@@ -202,7 +255,8 @@ def test_seed_draws_networks_and_data_seed_draws_data(run, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_best_model_restores_every_network(run, method):
     every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "reconstruction_error"}
+    metric = "discriminator_loss" if method == "gan" else "reconstruction_error"
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
     trainer = run(method, train=False, max_steps=4, **every_step, **best)
     script, after, metrics = [0.8, 0.1, 0.5, 0.7], [], trainer.evaluation_metrics
 
@@ -210,7 +264,7 @@ def test_best_model_restores_every_network(run, method):
         found = metrics(outputs, labels)
         if trainer.state.global_step:
             after.append(weights(trainer.model))
-            found["reconstruction_error"] = script[trainer.state.global_step - 1]
+            found[metric] = script[trainer.state.global_step - 1]
         return found
 
     trainer.evaluation_metrics = scripted
