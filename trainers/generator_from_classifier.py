@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfkd.data import KeyedDraws, keyed_normal, keyed_uniform
+from hfkd.data import KeyedDraws, keyed_uniform, travelling_normal
 from hfkd.data.keyed_random import LATENT_STREAM, MIXING_STREAM
 from hfkd.errors import InputError
-from hfkd.losses.generator_from_classifier import total_variation
+from hfkd.losses.generator_from_classifier import pixel_mean, total_variation
 from hfkd.models.generator import GeneratorPreTrainedModel
 from hfkd.models.multiplier_network import learned_multipliers
 
@@ -76,6 +76,22 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
         metadata={
             "help": "First updates with cross-entropy in place of stationarity and duality (ours): they end a dead "
             "start, in which no margin moves, and cost diversity. As many as max_steps: cross-entropy alone."
+        },
+    )
+
+    pixel_mean_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of the squared mean of each image's normalised pixels (ours), for classifiers whose normaliser "
+            "has the statistics of their training images: it rules out inverted and grey images."
+        },
+    )
+    latent_period: int = field(
+        default=1,
+        metadata={
+            "help": "Updates in which the latents of a place in the batch travel to the next draw (ours). 1: fresh "
+            "ones in each update, which makes a class's images alike; with more, a batch of as many images as the "
+            "classifier was trained on can divide what they have to explain among them."
         },
     )
 
@@ -141,7 +157,14 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
         self._refuse_what_a_sum_over_the_batch_cannot_have()
         if self.optim == "sgd":
             raise InputError("optim=sgd is not for GBC, whose learned multipliers need adam's scale: choose adam")
-        weights = ("stationarity_weight", "duality_weight", "total_variation_weight", "zero_weight")
+        check_range("latent_period", self.latent_period, 1)
+        weights = (
+            "stationarity_weight",
+            "duality_weight",
+            "total_variation_weight",
+            "pixel_mean_weight",
+            "zero_weight",
+        )
         for name in (*weights, "gate_sharpness", "warmup_updates"):
             check_range(name, getattr(self, name), 0)
         for name in ("margin_temperature", "margin_scale"):
@@ -286,6 +309,7 @@ class GeneratorFromClassifierTrainer(ParentClassifiers):
             "stationarity": self.args.stationarity_weight,
             "duality": self.args.duality_weight,
             "total_variation": self.args.total_variation_weight,
+            "pixel_mean": self.args.pixel_mean_weight,
         }
         loss = torch.stack([weights[name] * value for name, value in parts.items() if name in weights]).sum()
         self.optimizer.backward_once(loss)
@@ -303,6 +327,8 @@ class GeneratorFromClassifierTrainer(ParentClassifiers):
     def _parts_of_loss(self, k: int, images: Tensor, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Classifier k's parts of the loss, without their weights, and how often it agrees with the labels."""
         parts = {"total_variation": total_variation(images)}
+        if self.args.pixel_mean_weight:
+            parts["pixel_mean"] = pixel_mean(self.conditions[k].normalize(images))
         if self.state.global_step < self.args.warmup_updates:
             logits = self.conditions[k].logits(images)
             return {"cross_entropy": F.cross_entropy(logits, labels), **parts}
@@ -312,12 +338,19 @@ class GeneratorFromClassifierTrainer(ParentClassifiers):
         return {**parts, "duality": found.duality.mean(), "self_accuracy": found.agreement.mean()}
 
     def _draw(self, k: int, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Latents (N, L), keyed by item and classifier, and labels (N,): each class in turn, so that all are alike."""
-        index = batch["index"]
-        own = index * len(self.conditions) + k
-        latents = keyed_normal(self.data_seed, batch["epoch"], own, LATENT_STREAM, self.latent_size)
+        """Latents (N, L), keyed by item and classifier, and labels (N,): each class in turn, so that all are alike.
+
+        An item is a place in an update's batch. What is drawn for a place travels from update to update; its class
+        stays. An evaluation is one batch.
+        """
+        size = self.args.train_batch_size if self.model.training else self.args.eval_batch_size
+        update, place = batch["index"] // size, batch["index"] % size
+        own = place * len(self.conditions) + k
+        latents = travelling_normal(
+            self.data_seed, batch["epoch"], update, own, self.args.latent_period, LATENT_STREAM, self.latent_size
+        )
         dtype = next(self.model.students.parameters()).dtype
-        return latents.to(dtype), index % self.conditions[k].num_labels
+        return latents.to(dtype), place % self.conditions[k].num_labels
 
     def _generate(self, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images of the classes of each classifier, with the latents and labels that they were made of.

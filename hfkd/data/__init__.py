@@ -4,7 +4,7 @@ from .arguments import DataArguments
 from .augmentation import Augmentation, ResizedCrop, SquareCrop
 from .build import ImageSources, augmentation_for, build_sources
 from .columns import ImageColumns, find_columns, read_labels
-from .draws import KeyedDraws
+from .draws import KeyedDraws, travelling_normal
 from .keyed_random import keyed_generator, keyed_normal, keyed_permutation, keyed_uniform
 from .loading import ImageDatasets, load_digits, load_image_datasets, split_image_datasets
 from .mixed import MixedImages, SyntheticDraws, synthetic_count
@@ -48,5 +48,6 @@ __all__ = [
     "set_sampler_epoch",
     "split_image_datasets",
     "synthetic_count",
+    "travelling_normal",
     "view_name",
 ]

@@ -1,11 +1,13 @@
 """What stands where images would, for a method without data: keys, of which everything is drawn."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .keyed_random import keyed_normal
 from .sampler import DrawsDataset, Key
 
 
@@ -35,3 +37,27 @@ class KeyedDraws(DrawsDataset):
         """`epoch` and `index`, int64 (N,) each, of what `collate` made; `dtype` would be that of pixels."""
         index = batch["key"].to(device=device)[:, 1]
         return {"epoch": torch.full_like(index, self.epoch), "index": index}
+
+
+def travelling_normal(
+    seed: int, epoch: Tensor | int, update: Tensor, place: Tensor, period: int, view: int, count: int
+) -> Tensor:
+    """Draws from N(0, 1) that travel: each place in a batch goes from one draw to the next within `period` updates.
+
+    Between two independent draws a and b the way is cos(t) a + sin(t) b with t from 0 to a right angle, so that at
+    every update all are N(0, 1) again. Places set out at different times. With `period` 1 every update has fresh ones.
+
+    Args:
+        seed, epoch, view: of the draws, as in `keyed_normal`.
+        update: number of the update, int64 (N,).
+        place: of each sample in its batch, int64 (N,), below 2**32.
+        period: updates, >= 1.
+        count: draws per sample.
+
+    Returns:
+        float64 (N, count): a function of the arguments, so a resumed run goes on with the same.
+    """
+    time = update + place % period
+    way, angle = time // period, (time % period).double()[:, None] * (math.pi / (2 * period))
+    start, end = (keyed_normal(seed, epoch, place + 2**32 * number, view, count) for number in (way, way + 1))
+    return angle.cos() * start + angle.sin() * end

@@ -243,6 +243,18 @@ def total_variation(images: Tensor) -> Tensor:
     return torch.stack(steps).sum() / 2 if steps else images.new_zeros(())
 
 
+def pixel_mean(pixel_values: Tensor) -> Tensor:
+    """mean over the images of (mean over an image's pixels)^2 (0-dim) of a classifier's input; ours.
+
+    A normaliser that was made for the training images has taken their mean away, which the weights say only softly. It
+    is asked of each image: those that lie on either side of it, such as inverted ones, would even out.
+
+    Args:
+        pixel_values: (N, C, H, W), normalised.
+    """
+    return pixel_values.flatten(1).mean(dim=1).square().mean()
+
+
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 

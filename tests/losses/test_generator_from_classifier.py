@@ -16,6 +16,7 @@ from hfkd.losses.generator_from_classifier import (
     gradients_of,
     implied_margin_scale,
     margins,
+    pixel_mean,
     stationarity_loss,
     symmetric_duality,
     total_variation,
@@ -363,6 +364,11 @@ def test_total_variation():
     assert total_variation(images.view(1, 2, 1, 3)).item() == pytest.approx(right / 2, abs=1e-14)
     assert total_variation(images.view(1, 6, 1, 1)).item() == 0
     assert total_variation(torch.ones(2, 3, 4, 4)).item() == 0
+
+
+def test_pixel_mean_is_asked_of_each_image():
+    images = double([[1.0, 3.0], [-1.0, -3.0], [2.0, -2.0]]).view(3, 1, 1, 2)
+    assert pixel_mean(images).item() == pytest.approx((4 + 4 + 0) / 3, abs=1e-14)
 
 
 # -- margin scale and bad input --------------------------------------------------------------------------------------

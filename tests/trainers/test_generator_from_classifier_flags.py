@@ -68,6 +68,13 @@ def weight_of(name):
     return see
 
 
+def turns_slowly(t):
+    """Whether the latents of one update are all but those of the next."""
+    updates = torch.arange(2 * t.args.train_batch_size).chunk(2)
+    one, other = (t._draw(0, {"index": index, "epoch": torch.zeros_like(index)})[0] for index in updates)
+    return bool(torch.nn.functional.cosine_similarity(one, other).min() > 0.9)
+
+
 def has(name):
     return lambda t: name in t.state.log_history[-2]
 
@@ -108,6 +115,8 @@ EFFECTS = [
     ("stationarity_weight", 0.0, has("stationarity"), False, {}),
     ("duality_weight", 0.5, weight_of("duality"), 0.5, {}),
     ("total_variation_weight", 0.5, weight_of("total_variation"), 0.5, {}),
+    ("pixel_mean_weight", 64.0, lambda t: has("pixel_mean")(t) and round(weight_of("pixel_mean")(t)), 64, {}),
+    ("latent_period", 50, turns_slowly, True, {}),
     ("warmup_updates", 3, steps_with("cross_entropy"), [1, 2, 3], {}),
     ("multipliers", "network", optimizers, ["generator", "multipliers"], {}),
     ("multipliers", "constant", lambda t: len(list(t.model.training_only.parameters())), 1, {}),
@@ -216,6 +225,8 @@ REFUSED = [
     ("duality_weight", -1.0, {}),
     ("stationarity_weight", 0.0, {"duality_weight": 0.0}),
     ("total_variation_weight", -1.0, {}),
+    ("pixel_mean_weight", -1.0, {}),
+    ("latent_period", 0, {}),
     ("zero_weight", -1.0, {}),
     ("zero_weight", 1.0, {"stationarity_set": "all"}),
     ("warmup_updates", -1, {}),
