@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "other formats' networks: hfkd convert stylegan2-ada FILE.pkl FOLDER",
     "push": "share a saved folder on the Hub: hfkd push FOLDER REPO_ID",
     "study": "arms x seeds from one file, resumable: hfkd study FILE.yaml",
+    "chain": "steps that build on each other, from one file, resumable: hfkd chain FILE.yaml",
     "search": "random search by a data-free criterion, resumable: hfkd search METHOD --trials 20 [--config FILE.yaml]",
     "benchmark": "measure a method's speed: hfkd benchmark METHOD",
     "demo": "a method's whole chain on the embedded digits, offline: hfkd demo [METHOD]",

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from hfkd.data import DataArguments, ImageDatasets, load_image_datasets, make_source
 from hfkd.errors import RunError
 
-from .checkpoint import load_cohort
+from .checkpoint import Cohort, load_cohort
 from .evaluate import logits_over
 from .measured_data import data_of_run
 from .options import build
@@ -41,6 +42,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def without_load_reports() -> Iterator[None]:
+    """A backbone is loaded without a classifier on purpose, which transformers would warn of."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def data_of(folder: Path) -> ImageDatasets:
     """The data that the run in `folder` was made with."""
     (arguments,) = build([DataArguments], data_of_run(folder))
@@ -49,7 +61,11 @@ def data_of(folder: Path) -> ImageDatasets:
 
 def logits_on_test(folder: Path) -> tuple[Tensor, Tensor]:
     """Logits (N, S, K) of the S students in `folder` over the N test images of their run, and the labels (N,)."""
-    cohort, data = load_cohort(str(folder)), data_of(folder)
+    return logits_of(load_cohort(str(folder)), data_of(folder))
+
+
+def logits_of(cohort: Cohort, data: ImageDatasets) -> tuple[Tensor, Tensor]:
+    """The same of students that are loaded, and of images that are."""
     assert data.test is not None  # the recipes ask for test images
     return logits_over(cohort, make_source(data.test, data.columns, cohort.preprocessing), torch.device("cpu"))
 
@@ -59,13 +75,15 @@ def right(scores: Tensor, labels: Tensor) -> Any:
     return (scores.argmax(dim=1) == labels).numpy()
 
 
-def reload(folder: Path, name: str = "student 0") -> str:
+def reload(folder: Path, name: str = "student 0", data: ImageDatasets | None = None) -> str:
     """Classify one test digit with the model in `folder`, called `name`, in a new process; one line on how it went.
+
+    The digit is of `data`, by default of the folder's run.
 
     Raises:
         RunError: the model does not load there.
     """
-    data = data_of(folder)
+    data = data or data_of(folder)
     assert data.test is not None and data.columns.class_names is not None
     example = data.test[0]
     image: Image.Image = example[data.columns.image_column]

@@ -26,7 +26,8 @@ class Method:
     `data`: that of its data options; None for a method that sees no data. `build`: `build(config, data, setup) -> Job`
     (`build(config, setup)` without data), which loads the data and makes the Trainer. `benchmark` and `demo`:
     functions behind the subcommands of these names, where the method has them; `toy`: that behind `hfkd demo --toy`.
-    `metrics`: what a study of the method shows unless it names others.
+    `metrics`: what a study of the method shows unless it names others. `leaves_generator`: it saves a generator, whose
+    features no probe reads, and no student.
     """
 
     stem: str
@@ -39,6 +40,7 @@ class Method:
     toy: str | None = None
     metrics: tuple[str, ...] = ("accuracy",)
     data: str | None = "hfkd.data:DataArguments"
+    leaves_generator: bool = False
 
     @property
     def name(self) -> str:
@@ -107,6 +109,7 @@ METHODS = {
             setup="hfkd.scripts.gan:GanArguments",
             build="hfkd.scripts.gan:build",
             metrics=("frechet_distance", "judge_confidence"),
+            leaves_generator=True,
         ),
         Method(
             stem="squeeze_and_span",
@@ -160,6 +163,7 @@ METHODS = {
             toy="hfkd.scripts.toy_generator_from_classifier:toy",
             metrics=("sqrt_stationarity", "self_accuracy"),
             data=None,
+            leaves_generator=True,
         ),
     ]
 }

@@ -86,7 +86,7 @@ def _parse_command_line(dataclass_types: Sequence[type], argv: Sequence[str], pr
     return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
 
 
-def _find_config(name: str, recipes: Path | None) -> Path:
+def find_config(name: str, recipes: Path | None) -> Path:
     """The file `name`, or the shipped recipe of that name."""
     path = Path(name)
     if path.is_file() or recipes is None:
@@ -111,7 +111,7 @@ def read_options(
     config = given.pop("config", None)
     if config is None:
         return given
-    path = _find_config(config, recipes)
+    path = find_config(config, recipes)
     return {**check_values(read_yaml(path), dataclass_types, str(path)), **given}
 
 
