@@ -138,6 +138,7 @@ def probe(
             found.settings = {"probe": "logistic", **asdict(LinearProbeSettings())}
             found.heads.append(head)
     found.settings |= {name: getattr(arguments, name) for name in ("features", "bf16")}
+    found.settings["training images"] = len(data.train)
     return found
 
 

@@ -1,6 +1,6 @@
 """The table, the sentences and the figure of a study, from the rows of its results file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hfkd.errors import InputError
@@ -41,17 +41,23 @@ def collect(study: Study, rows: Sequence[Row], metric: str) -> Values:
         raise InputError(f"no metric {metric!r} in the results{nearest(metric, known)}; there are {', '.join(known)}.")
     values: Values = {arm: {} for arm in study.arms}
     for row in own:
-        if row["metric"] == metric and row["arm"] in values and int(row["seed"]) in study.seeds:
+        if row["metric"] == metric and row["arm"] in values and int(row["seed"]) in study.arms[row["arm"]].seeds:
             values[row["arm"]][int(row["seed"])] = float(row["value"])
     return {arm: by_seed for arm, by_seed in values.items() if by_seed}
 
 
 def compare(values: Values, arm: str, reference: str) -> Estimate | None:
     """Paired difference of an arm to the reference over the seeds that both have; None where there is none."""
-    seeds = sorted(values[arm].keys() & values.get(reference, {}).keys())
+    seeds = sorted(values.get(arm, {}).keys() & values.get(reference, {}).keys())
     if arm == reference or not seeds:
         return None
     return paired_difference([values[arm][seed] for seed in seeds], [values[reference][seed] for seed in seeds])
+
+
+def measured_arms(study: Study, collected: Mapping[str, Values]) -> dict[str, int]:
+    """The arms that have any of the metrics, in the study's order, and how many seeds of each are measured."""
+    counts = {arm: [len(values[arm]) for values in collected.values() if arm in values] for arm in study.arms}
+    return {arm: max(of_arm) for arm, of_arm in counts.items() if of_arm}
 
 
 def format_estimate(estimate: Estimate | None, metric: str, *, signed: bool = False) -> str:
@@ -65,16 +71,20 @@ def format_estimate(estimate: Estimate | None, metric: str, *, signed: bool = Fa
 
 
 def make_table(study: Study, rows: Sequence[Row]) -> str:
-    """Markdown: mean ± standard error over seeds per arm and metric, and paired differences to the reference arm."""
+    """Markdown: mean ± standard error over seeds per arm and metric, and paired differences to the reference arm.
+
+    An arm whose method does not have a metric has a dash there.
+    """
     collected = {metric: collect(study, rows, metric) for metric in study.metrics}
     heads = ["arm", "seeds"]
     for metric in study.metrics:
         heads += [f"{metric}{' (%)' if is_share(metric) else ''}", f"minus {study.reference}"]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for arm in collected[study.metrics[0]]:
-        cells = [arm, str(len(collected[study.metrics[0]][arm]))]
+    for arm, seeds in measured_arms(study, collected).items():
+        cells = [arm, str(seeds)]
         for metric, values in collected.items():
-            cells.append(format_estimate(mean_over_seeds(list(values[arm].values())), metric))
+            mean = mean_over_seeds(list(values[arm].values())) if arm in values else None
+            cells.append(format_estimate(mean, metric))
             cells.append(format_estimate(compare(values, arm, study.reference), metric, signed=True))
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
@@ -101,7 +111,7 @@ def check_orderings(study: Study, rows: Sequence[Row]) -> str:
     values = collect(study, rows, study.metrics[0])
     lines = []
     for ordering in study.orderings:
-        found = compare(values, ordering.first, ordering.second) if ordering.first in values else None
+        found = compare(values, ordering.first, ordering.second)
         lines.append(f"- {ordering}: {'not run yet' if found is None else ordering.verdict(found)}")
     return "The paper's orderings:\n" + "\n".join(lines)
 

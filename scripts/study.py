@@ -1,6 +1,7 @@
 """`hfkd study FILE.yaml`: every arm with every seed, each run in a process of its own.
 
-A killed study goes on where it stopped: finished runs are in the results file, and an unfinished one has checkpoints.
+A killed study goes on where it stopped: finished runs are in the results file, an unfinished one has checkpoints, and
+what protocols have measured of it lies in its folder.
 """
 
 import json
@@ -8,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from .parser import Parser
 from .report import describe_run, write_report
 from .results import COLUMNS, Row, append_csv, exclusive, read_csv, write_atomically
 from .study_file import Run, Study, read_study
+from .study_protocols import is_measured, metrics_of
 from .train import RESULTS_FILE
 
 
-# Runs `settings` in `folder`, or goes on there; the file descriptor keeps the study's lock while the run lives.
-Runner = Callable[[Study, Run, Path, int], None]
+# Does what `hfkd` does with these arguments, for a run in its folder; the descriptor keeps the study's lock meanwhile.
+Runner = Callable[[list[str], Run, Path, int], None]
 _IDENTITY = ("recipe", "arm", "dataset", "seed")
 _SETTINGS_FILE = "settings.yaml"
 
@@ -61,9 +64,8 @@ def run_study(study: Study, folder: Path, results: Path, runner: Runner) -> None
         for number, item in enumerate(pending, start=1):
             run_folder = runs_folder / item.folder
             try:
-                if not (run_folder / RESULTS_FILE).exists():
-                    _write_settings(item, run_folder)
-                    runner(study, item, run_folder, lock)
+                _train(item, run_folder, runner, lock)
+                _measure(study, item, run_folder, runner, lock)
                 rows = _rows(study, item, run_folder)
             except RunError as error:
                 failures.append(str(error))
@@ -77,46 +79,78 @@ def run_study(study: Study, folder: Path, results: Path, runner: Runner) -> None
 
 
 def _find_pending(study: Study, runs_folder: Path, results: Path) -> list[Run]:
-    done = {tuple(row[name] for name in _IDENTITY) for row in read_csv(results, COLUMNS)}
-    pending = []
-    for item in study.runs():
-        _check_settings(item, runs_folder / item.folder)
-        if (study.name, item.arm, study.dataset, str(item.seed)) not in done:
+    measured: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for row in read_csv(results, COLUMNS):
+        measured[tuple(row[name] for name in _IDENTITY)].add(row["metric"])
+    runs, pending = list(study.runs()), []
+    for item in runs:
+        _check_unchanged(study, item, runs_folder / item.folder)
+        metrics = measured[study.name, item.arm, study.dataset, str(item.seed)]
+        if not metrics or not all(is_measured(protocol, metrics) for protocol in study.protocols):
             pending.append(item)
-    total = len(study.arms) * len(study.seeds)
-    print(f"{study.name}: {total - len(pending)} of {total} runs are in {results}, {len(pending)} to go", flush=True)
+    done = len(runs) - len(pending)
+    print(f"{study.name}: {done} of {len(runs)} runs are in {results}, {len(pending)} to go", flush=True)
     return pending
 
 
-def _write_settings(item: Run, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / _SETTINGS_FILE, yaml.safe_dump(item.settings, sort_keys=False))
+def _train(item: Run, folder: Path, runner: Runner, lock: int) -> None:
+    """Train one run, or go on with it where it has a checkpoint; nothing where it is trained."""
+    if (folder / RESULTS_FILE).exists():
+        return
+    settings = folder / _SETTINGS_FILE
+    _write_settings(settings, item.method.stem, item.settings)
+    command = ["train", item.method.name, "--config", str(settings), "--output_dir", str(folder)]
+    if sort_checkpoints(output_dir=str(folder)):
+        command += ["--resume_from_checkpoint", "true"]
+    runner(command, item, folder, lock)
 
 
-def _check_settings(item: Run, folder: Path) -> None:
-    """Refuse to mix results: a run that was started keeps the settings it was started with."""
-    path = folder / _SETTINGS_FILE
+def _measure(study: Study, item: Run, folder: Path, runner: Runner, lock: int) -> None:
+    """Those protocols of the study that have not measured the run yet."""
+    for protocol, options in study.protocols.items():
+        settings, result = folder / f"{protocol}.yaml", folder / f"{protocol}.json"
+        if not result.exists():
+            _write_settings(settings, protocol, options)
+            command = ["evaluate", str(folder), "--protocol", protocol]
+            runner([*command, "--config", str(settings), "--output", str(result)], item, folder, lock)
+
+
+def _write_settings(path: Path, of: str, options: Mapping[str, Any]) -> None:
+    """Write options as YAML, under a comment that tells the method or protocol that they are of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f"# {of}\n{yaml.safe_dump(dict(options), sort_keys=False)}")
+
+
+def _check_unchanged(study: Study, item: Run, folder: Path) -> None:
+    """Refuse to mix results: a run keeps what it was started with, and what it was measured by."""
+    _check_settings(folder / _SETTINGS_FILE, item.method.stem, item.settings, item)
+    for protocol, options in study.protocols.items():
+        if (folder / f"{protocol}.json").exists():
+            _check_settings(folder / f"{protocol}.yaml", protocol, options, item)
+
+
+def _check_settings(path: Path, of: str, options: Mapping[str, Any], item: Run) -> None:
     if not path.exists():
         return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    changed = [name for name in {**before, **item.settings} if before.get(name) != item.settings.get(name)]
+    text = path.read_text(encoding="utf-8")
+    first, _, _ = text.partition("\n")
+    before = {"method": first[2:] if first.startswith("# ") else of, **yaml.safe_load(text)}
+    now = {"method": of, **options}
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
         raise InputError(
             f"arm {item.arm!r}, seed {item.seed} was started with {name}={before.get(name)!r}, and the study now says "
-            f"{item.settings.get(name)!r}: rename the arm or the study, or remove {folder} and its rows."
+            f"{now.get(name)!r}: rename the arm or the study, or remove {path.parent} and its rows."
         )
 
 
-def run_in_process(study: Study, item: Run, folder: Path, lock: int) -> None:
-    """Train one run as `hfkd train` in a child process, resuming where it has a checkpoint; its output is `log.txt`.
+def run_in_process(arguments: list[str], item: Run, folder: Path, lock: int) -> None:
+    """Run `hfkd` in a child process; its output is appended to `log.txt` in the run's folder.
 
     A signal to the study is handed on to the child, which saves and stops, before the study ends.
     """
-    command = [sys.executable, "-m", "hfkd.scripts.cli", "train", study.method.name]
-    command += ["--config", str(folder / _SETTINGS_FILE), "--output_dir", str(folder)]
-    if sort_checkpoints(output_dir=str(folder)):
-        command += ["--resume_from_checkpoint", "true"]
+    command = [sys.executable, "-m", "hfkd.scripts.cli", *arguments]
     log_file = folder / "log.txt"
     with log_file.open("ab") as log:
         # A session of its own: Ctrl-C reaches it once, from here, and not twice.
@@ -134,19 +168,33 @@ def run_in_process(study: Study, item: Run, folder: Path, lock: int) -> None:
 
 
 def _rows(study: Study, item: Run, folder: Path) -> list[Row]:
-    """The rows of a finished run, one per test metric."""
-    finished: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    """The rows of a finished run: one per test metric, then those of the protocols.
+
+    `n_train` of a protocol's are the labelled images that it has, and `wall_s` of all is the training's.
+    """
+    finished = _read(folder / RESULTS_FILE)
     environment = environment_report()
     shared = {
         "recipe": study.name,
         "arm": item.arm,
         "dataset": study.dataset,
-        "n_train": str(finished["n_train"]),
-        "n_test": str(finished["n_test"]),
         "seed": str(item.seed),
         # Empty for a resumed run: how long it ran before it was killed is not known.
         "wall_s": "" if finished["wall_s"] is None else f"{finished['wall_s']:.1f}",
         "hardware": hardware_line(environment),
         "versions": versions_line(environment),
     }
-    return [{**shared, "metric": name, "value": repr(value)} for name, value in finished["metrics"].items()]
+    measured = [(finished["n_train"], finished["n_test"], finished["metrics"])]
+    for protocol in study.protocols:
+        result = _read(folder / f"{protocol}.json")
+        found = metrics_of(protocol, result["metrics"])
+        measured.append((result["settings"]["training images"], result["n_test"], found))
+    return [
+        {**shared, "n_train": str(n_train), "n_test": str(n_test), "metric": name, "value": repr(value)}
+        for n_train, n_test, metrics in measured
+        for name, value in metrics.items()
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -214,7 +214,7 @@ def test_shipped_studies(path):
 def test_ablation_has_every_combination(name):
     study = read_study(next(path for path in STUDIES if path.stem == name))
     keys = ("mode", "gradient_theta1", "gradient_theta2", "omega")
-    found = {arm: tuple(settings.get(key) for key in keys) for arm, settings in study.arms.items()}
+    found = {name: tuple(arm.settings.get(key) for key in keys) for name, arm in study.arms.items()}
     for arm, (mode, *random) in found.items():
         kind, _, letters = arm.partition("_")
         assert mode == kind

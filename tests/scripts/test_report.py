@@ -8,14 +8,14 @@ from hfkd.scripts.methods import METHODS
 from hfkd.scripts.orderings import read_orderings
 from hfkd.scripts.report import collect, duration, make_table, write_report
 from hfkd.scripts.results import COLUMNS, append_csv, exclusive, read_csv
-from hfkd.scripts.study_file import Study
+from hfkd.scripts.study_file import Arm, Study
 
 
+ARM = Arm(METHODS["online_adversarial"], {}, seeds=[0, 1, 2])
 STUDY = Study(
     name="toy",
-    method=METHODS["online_adversarial"],
-    arms={"vanilla": {}, "afd": {}},
-    seeds=[0, 1, 2],
+    method=ARM.method,
+    arms={"vanilla": ARM, "afd": ARM},
     reference="vanilla",
     metrics=["mean_accuracy", "maps_0_1_l1"],
 )
@@ -48,6 +48,29 @@ def test_only_the_study_s_own_rows_count():
 def test_differences_pair_the_seeds_that_both_arms_have():
     table = make_table(STUDY, make_rows({"vanilla": [0.80, 0.81], "afd": [0.90]}))
     assert "| afd | 1 | 90.00 | +10.00 |" in table
+
+
+def test_arms_have_their_own_seeds():
+    study = replace(STUDY, arms={"vanilla": ARM, "afd": replace(ARM, seeds=[1])})
+    assert study.seeds == [0, 1, 2]
+    assert [(run.arm, run.seed) for run in study.runs()] == [
+        ("vanilla", 0),
+        ("vanilla", 1),
+        ("afd", 1),
+        ("vanilla", 2),
+    ]
+    assert collect(study, make_rows(), "mean_accuracy")["afd"] == {1: 0.83}
+
+
+def test_an_arm_without_a_metric_has_a_dash_there(tmp_path):
+    rows = [row for row in make_rows() if row["arm"] == "vanilla" or row["metric"] == "mean_accuracy"]
+    assert make_table(STUDY, rows).splitlines()[3].endswith("| +1.00 ± 0.58 | — | — |")
+    first = replace(STUDY, metrics=STUDY.metrics[::-1])
+    table = make_table(first, rows).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| vanilla", "| afd"]
+    assert table[3].startswith("| afd | 3 | — | — | 82.00 ± 0.58 |")
+    write_report(first, rows, tmp_path)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_unknown_metric_suggests_the_nearest():
@@ -107,7 +130,7 @@ def test_the_lock_ends_with_the_block(tmp_path):
 
 def test_orderings_of_a_paper_are_checked(tmp_path):
     orderings = read_orderings(["afd > vanilla", "vanilla ~ logit-only"], ["vanilla", "logit-only", "afd"], "toy")
-    study = replace(STUDY, arms={"vanilla": {}, "logit-only": {}, "afd": {}}, orderings=orderings)
+    study = replace(STUDY, arms={"vanilla": ARM, "logit-only": ARM, "afd": ARM}, orderings=orderings)
     rows = make_rows({"vanilla": [0.80, 0.81], "afd": [0.90, 0.912]})
     text = write_report(study, rows, tmp_path)
     assert "- afd > vanilla: holds: +10.10 ± 0.10 points" in text

@@ -38,12 +38,13 @@ class Runner:
     def __init__(self, fail_at: int | None = None, error: BaseException | None = None):
         self.runs, self.fail_at, self.error = [], fail_at, error
 
-    def __call__(self, study, item, folder, lock):
+    def __call__(self, command, item, folder, lock):
         if len(self.runs) == self.fail_at:
             self.fail_at = None
             raise self.error
         self.runs.append(item)
-        accuracy = 0.8 + 0.01 * list(study.arms).index(item.arm) + 0.001 * item.seed
+        assert command[:3] == ["train", "online-adversarial", "--config"]
+        accuracy = 0.8 + 0.01 * list(STUDY["arms"]).index(item.arm) + 0.001 * item.seed
         metrics = {"mean_accuracy": accuracy, "ensemble_accuracy": accuracy + 0.02, "maps_0_1_l1": 0.5}
         result = {"metrics": metrics, "n_train": 200, "n_test": 1597, "wall_s": 1.25}
         (folder / "test_results.json").write_text(json.dumps(result), encoding="utf-8")
@@ -168,8 +169,8 @@ def test_arms_go_over_settings_and_settings_over_the_recipe(tmp_path):
         tmp_path, recipe="base.yaml", settings={"momentum": 0.6, "learning_rate": 0.3}, arms=arms, reference="a"
     )
     study = read_study(path)
-    assert [study.arms["a"][name] for name in ("temperature", "momentum", "learning_rate")] == [2.0, 0.6, 0.4]
-    assert study.arms["b"]["learning_rate"] == 0.3
+    assert [study.arms["a"].settings[name] for name in ("temperature", "momentum", "learning_rate")] == [2.0, 0.6, 0.4]
+    assert study.arms["b"].settings["learning_rate"] == 0.3
 
 
 CHILD = """
