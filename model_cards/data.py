@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hfkd.hub.manifest import file_sha256
 from hfkd.hub.publish import is_repo_id
 from hfkd.models import code_files
+from hfkd.models.backbone import feature_attribute
 
 
 _METRIC_KEY = re.compile(r"(?:eval_|test_)?(student_\d+|mean|ensemble_prob|ensemble)_(\w+)")
@@ -86,19 +87,23 @@ class Method:
 class Student:
     """One saved network: what it is, its number of parameters, whether it brings code, and where it lies.
 
-    `folder` is None in a cohort, whose first student lies at the root and its peers in `student_1`, ...
+    `folder` is None in a cohort, whose first student lies at the root and its peers in `student_1`, ...; `features`
+    is what to read of the outputs of an encoder.
     """
 
     description: str
     parameters: int
     custom_code: bool
     folder: str | None = None
+    features: str = "pooler_output"
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str | None = None, folder: str | None = None) -> "Student":
         """From a model; `name` is what the user called it, a preset for example."""
         kind = type(model).__name__
-        return cls(f"{name} ({kind})" if name else kind, model.num_parameters(), bool(code_files(model)), folder)
+        description = f"{name} ({kind})" if name else kind
+        features = feature_attribute(model)
+        return cls(description, model.num_parameters(), bool(code_files(model)), folder, features)
 
 
 @dataclass(frozen=True)

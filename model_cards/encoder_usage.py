@@ -19,7 +19,7 @@ def encoder_usage(data: CardData) -> str:
         f"processor = AutoImageProcessor.from_pretrained(repo{revision})",
         f"encoder = AutoModel.from_pretrained(repo{revision}{consent})",
         'pixels = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")',
-        "features = encoder(**pixels).pooler_output",
+        f"features = encoder(**pixels).{data.students[0].features}",
     ]
     if any(student.folder == "generator" for student in data.students):
         lines += [

@@ -79,7 +79,8 @@ class SelfSupervisedParts:
             arguments.trust_remote_code,
             arguments.settings(),
         )
-        return cls(sources, student, generator, common_parts(sources, data_arguments))
+        common = common_parts(sources, data_arguments) | {"augmentation": sources.train.augmentation}
+        return cls(sources, student, generator, common)
 
     def job(self, trainer: Any) -> Job:
         """Real images are training images unless all samples are synthetic."""

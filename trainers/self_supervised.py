@@ -65,8 +65,8 @@ class SelfSupervisedTrainer(FrozenParents):
         train_dataset: real images. Where `synthetic_share` is 1 its length says how long an epoch is, and no image of
             it is read in training; without one the run is `max_steps` long.
         eval_dataset, processing_class, callbacks, dataset_name: as in `DistillationTrainer`.
-        augmentation: of the views, both real and synthetic; by default that of `train_dataset`, else
-            `ViewAugmentation()`.
+        augmentation: of the views, both real and synthetic; by default that of `train_dataset`, and where that has
+            none `ViewAugmentation()`.
 
     Raises:
         InputError: for networks that do not fit each other, the images, or the settings.
@@ -104,7 +104,9 @@ class SelfSupervisedTrainer(FrozenParents):
         if processing_class is None and decoded:
             processing_class = preprocessing.to_image_processor()
         check_images([student], None, preprocessing)
-        augmentation = augmentation or getattr(train_dataset, "augmentation", None) or ViewAugmentation()
+        if augmentation is None:
+            augmentation = getattr(train_dataset, "augmentation", None) or ViewAugmentation()
+        self._check_views(augmentation, args)
         self.synthetic_augmentation = _for_generated(augmentation, args, preprocessing)
         if teacher is not None:
             cut = self.synthetic_augmentation is not None and self.synthetic_augmentation.crop is not None
@@ -135,6 +137,13 @@ class SelfSupervisedTrainer(FrozenParents):
         self._pool: tuple[int, Generated] | None = None
         self._watched: tuple[Tensor, float | Tensor] | None = None
         self._warned = False
+
+    def _check_views(self, augmentation: Augmentation, args: SelfSupervisedConfig) -> None:
+        if not augmentation and (args.augment_synthetic or (self.views > 1 and args.synthetic_share < 1)):
+            raise InputError(
+                "the augmentation changes nothing, and two views of an image are to differ: choose ssl or ssl_blur (a "
+                "ViewAugmentation); synthetic images alone are left as they are by augment_synthetic=False"
+            )
 
     # -- what a method defines ---------------------------------------------------------------------------------------
 
@@ -237,7 +246,8 @@ class SelfSupervisedTrainer(FrozenParents):
             z, gamma = self._watched
             deviation, rank = mean_standard_deviation(z).item(), effective_rank(z).item()
             logs |= {"representation_std": deviation, "representation_rank": rank}
-            self._warn_of_collapse(collapse_warning(deviation, rank, z.shape[1], float(gamma)))
+            most = min(z.shape[1], len(z) - 1)
+            self._warn_of_collapse(collapse_warning(deviation, rank, most, float(gamma)))
         super().log(logs, start_time)
 
     def _warn_of_collapse(self, warning: str | None) -> None:

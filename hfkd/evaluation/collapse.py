@@ -25,17 +25,17 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp()
 
 
-def collapse_warning(deviation: float, rank: float, width: int, gamma: float = 1.0) -> str | None:
+def collapse_warning(deviation: float, rank: float, most: int, gamma: float = 1.0) -> str | None:
     """What is wrong with representations of these statistics, in words; None where nothing is.
 
     Args:
         deviation: of `mean_standard_deviation`.
         rank: of `effective_rank`.
-        width: D; a rank says something where it is above 8.
+        most: the rank that they could have, min(N - 1, D); theirs says something where this is above 8.
         gamma: the deviation that they should have.
     """
     if deviation < 0.1 * gamma:
         return f"their mean standard deviation is {deviation:.3g}, where {gamma:.3g} is wanted: they hardly vary"
-    if rank < 2 and width > 8:
-        return f"their effective rank is {rank:.2f} of {width}: they vary in one direction only"
+    if rank < 2 and most > 8:
+        return f"their effective rank is {rank:.2f} of {most}: they vary in one direction only"
     return None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hfkd.errors import InputError
 from hfkd.models import ClassifierAdapter, HfkdGradientFeaturesConfig
+from hfkd.models.backbone import pooled_features
 
 
 Features = Literal["last", "blocks"]
@@ -17,9 +18,9 @@ def frozen_features(model: Any, kind: Features = "last", bf16: bool = False) -> 
     """From images (N, C, H, W) to features (N, D) of a network in evaluation mode.
 
     Of an image classifier they are what its last linear layer reads, of gradient features those of their base, and of
-    a network without a classifier its `pooler_output`. `blocks` are for such a network, a discriminator: the average
-    over the positions of each map in its `block_features`, and `pooler_output`, one after the other (the "multi
-    feature" of Squeeze and Span, arXiv 2211.03000, Table 1). Averages that `pooler_output` holds count once. A
+    a network without a classifier those of `pooled_features`. `blocks` are for such a network, a discriminator: the
+    average over the positions of each map in its `block_features`, and `pooler_output`, one after the other (the
+    "multi feature" of Squeeze and Span, arXiv 2211.03000, Table 1). Averages that `pooler_output` holds count once. A
     discriminator that compares the images of a group sees each batch as one group, as in the paper's probes.
 
     Args:
@@ -53,7 +54,7 @@ def _function(model: Any, kind: Features) -> Callable[[Tensor], Tensor]:
     if kind == "blocks":
         return lambda pixel_values: _all_blocks(model, pixel_values)
     if not has_classifier(model):
-        return lambda pixel_values: model(pixel_values).pooler_output
+        return lambda pixel_values: pooled_features(model, pixel_values)
     if model.config.model_type == HfkdGradientFeaturesConfig.model_type:
         return model.base_model.features
     adapter = ClassifierAdapter(model)

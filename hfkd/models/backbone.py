@@ -8,10 +8,11 @@ from hfkd.models.probing import image_errors, probe_pixels, undisturbed
 
 
 def pooled_features(backbone: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Features (N, D) of images (N, C, H, W), which are what a classifier on this base model reads.
+    """Features (N, D) of images (N, C, H, W); of a classifier's base, what that classifier reads.
 
     They are the model's `pooler_output`. A model without one gives the average of its map, or of its tokens the first,
-    where it has one that stands for the image, else the average.
+    where it has one that stands for the image, else the average. (A ViT that `AutoModel` has loaded comes with a
+    pooler, of random weights where none was saved; the base of `AutoModelForImageClassification` has none.)
     """
     outputs = backbone(pixel_values=pixel_values, return_dict=True)
     pooled = getattr(outputs, "pooler_output", None)
@@ -22,6 +23,15 @@ def pooled_features(backbone: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         else:
             pooled = hidden[:, 0] if _has_special_token(backbone) else hidden.mean(dim=1)
     return pooled.flatten(1)
+
+
+def feature_attribute(backbone: PreTrainedModel) -> str:
+    """What to read of the outputs of a saved `backbone`, loaded by `AutoModel`, for its `pooled_features`: as code.
+
+    A transformer that was trained without a pooler is given a fresh one there, whose output means nothing.
+    """
+    lacks_pooler = getattr(backbone, "pooler", backbone) is None
+    return "last_hidden_state[:, 0]" if lacks_pooler and _has_special_token(backbone) else "pooler_output"
 
 
 def feature_size(backbone: PreTrainedModel, image_size: int, num_channels: int) -> int:

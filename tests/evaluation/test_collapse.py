@@ -40,7 +40,7 @@ def test_deviation():
 
 
 @pytest.mark.parametrize(
-    ("deviation", "rank", "width", "gamma", "found"),
+    ("deviation", "rank", "most", "gamma", "found"),
     [
         (0.05, 20.0, 64, 1.0, "deviation is 0.05"),
         (1.0, 1.2, 64, 1.0, "rank is 1.20 of 64"),
@@ -49,6 +49,6 @@ def test_deviation():
         (0.9, 3.0, 64, 1.0, None),
     ],
 )
-def test_what_is_called_a_collapse(deviation, rank, width, gamma, found):
-    warning = collapse_warning(deviation, rank, width, gamma)
+def test_what_is_called_a_collapse(deviation, rank, most, gamma, found):
+    warning = collapse_warning(deviation, rank, most, gamma)
     assert warning is None if found is None else found in warning

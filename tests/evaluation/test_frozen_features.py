@@ -70,6 +70,8 @@ def test_of_a_classifier_they_are_what_its_last_layer_reads(family):
 def test_of_a_backbone_alone_they_are_its_pooled_output():
     backbone = FAMILIES["hfkd_resnet"]().base_model.eval()
     assert torch.equal(frozen_features(backbone)(IMAGES), backbone(IMAGES).pooler_output)
+    without = FAMILIES["vit"]().base_model.eval()
+    assert torch.equal(frozen_features(without)(IMAGES), without(IMAGES).last_hidden_state[:, 0])
 
 
 @torch.no_grad()

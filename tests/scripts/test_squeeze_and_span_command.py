@@ -109,6 +109,7 @@ def test_the_released_codes_recipe_is_its_preset():
         (["--synthetic_share", "0"], "no synthetic sample to squeeze"),
         (["--image_size", "16"], "images of 8x8 pixels and the student's are 16x16"),
         (["--augmentation", "crop"], "pass a ViewAugmentation"),
+        (["--augmentation", "none"], "the augmentation changes nothing"),
         (["--student", "mlp", "--zero_init_residual", "true"], "has no zero_init_residual"),
         (["--gradient_accumulation_steps", "2"], "raise per_device_train_batch_size"),
     ],

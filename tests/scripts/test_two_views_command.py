@@ -1,12 +1,9 @@
 """`hfkd train` of VICReg, SimSiam and encoding: from options to saved encoders, their cards and their probes."""
 
 import json
-import os
 
 import pytest
-from clean_process import run_clean
 from hub_metadata import check_card
-from PIL import Image
 from tiny_runs import tiny_resnet
 from transformers import AutoModel
 from two_view_runs import tiny_generator
@@ -42,7 +39,7 @@ def train(method, folder, *options):
 
 
 @pytest.mark.parametrize("method", ["vicreg", "simsiam", "latent-encoding"])
-def test_trains_measures_and_leaves_a_card_that_runs(method, generator, classifier, tmp_path, capsys):
+def test_trains_measures_and_leaves_a_card(method, generator, classifier, tmp_path, capsys):
     folder, options = tmp_path / "run", ["--synthetic_share", "0.5", "--generator", generator]
     if method == "latent-encoding":
         options += ["--perceptual_network", classifier]
@@ -58,10 +55,9 @@ def test_trains_measures_and_leaves_a_card_that_runs(method, generator, classifi
         f"`{generator.name}` (local; model.safetensors sha256 `{file_sha256(generator / 'model.safetensors')}`" in text
     )
     assert AutoModel.from_pretrained(folder).config.num_channels == 1
-    Image.new("L", (20, 20), 90).save(tmp_path / "image.png")
-    code = text.split("```python\n")[1].split("```")[0] + "\nprint(tuple(features.shape))"
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    assert run_clean(code, environment, tmp_path).split("\n")[-2] == "(1, 64)"
+    # Run in `test_squeeze_and_span_command`, whose cards have the same lines.
+    code = text.split("```python\n")[1].split("```")[0]
+    assert str(folder) in code and "AutoModel.from_pretrained(repo" in code and "features = " in code
 
 
 def test_a_run_without_generator_is_probed_and_goes_on(tmp_path):
@@ -75,6 +71,7 @@ def test_a_run_without_generator_is_probed_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
+        ("vicreg", ["--augmentation", "none"], "the augmentation changes nothing"),
         ("vicreg", ["--synthetic_share", "0.5"], "synthetic_share=0.5 needs a generator: give --generator"),
         ("simsiam", ["--synthetic_share", "1", "--generator", "nowhere"], "nowhere"),
         ("latent-encoding", ["--augmentation", "ssl"], "augmentation=ssl: a generator makes no augmented images"),

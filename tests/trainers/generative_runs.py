@@ -1,14 +1,13 @@
 """Tiny runs of BiGAN, the GAN and the VAE on the digits, here or in processes of their own."""
 
-import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from distributed_run import become_rank
-from resume_run import STEPS, record_batches
+from resume_run import STEPS, run_and_save
 from tiny_runs import digit_sources
 
 from hfkd.models import (
@@ -100,16 +99,9 @@ def tiny_trainer(method, output_dir, networks=None, sources=None, callbacks=None
     )
 
 
-def run(output_dir, method="bigan", resume=None, workers=0, **config):
-    """Train to step 12 with a checkpoint after each step; writes the hash of each step's batch."""
-    torch.set_num_threads(1)
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "logging_strategy": "no"}
-    loading = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": "fork" if workers else None}
-    # A resumed run must not build on what its networks came with.
-    trainer = tiny_trainer(method, output_dir, seed_of_networks=1 if resume else 0, **(saving | loading | config))
-    seen = record_batches(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    (Path(output_dir) / "batches.json").write_text(json.dumps(seen))
+def run(output_dir, method="bigan", **settings):
+    """Train to step 12, see `run_and_save`."""
+    run_and_save(partial(tiny_trainer, method), output_dir, **settings)
 
 
 def rank_run(rank, world, port, output_dir, results, settings):

@@ -38,6 +38,20 @@ def record_batches(trainer):
     return seen
 
 
+def run_and_save(make, output_dir, resume=None, workers=0, **config):
+    """Train what `make(output_dir, **config)` gives, with a checkpoint after each step; writes each batch's hash.
+
+    The networks of a resumed run start from another seed: it must not build on what they came with.
+    """
+    torch.set_num_threads(1)
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "logging_strategy": "no"}
+    loading = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": "fork" if workers else None}
+    trainer = make(output_dir, seed_of_networks=1 if resume else 0, **(saving | loading | config))
+    seen = record_batches(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    (Path(output_dir) / "batches.json").write_text(json.dumps(seen))
+
+
 def run(output_dir, resume=None, workers=0, kill_in_save_of_step=None, **config):
     """Train to step 12 with a checkpoint after each step; writes the hash of each step's batch beside them."""
     torch.set_num_threads(1)

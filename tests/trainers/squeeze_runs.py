@@ -1,11 +1,10 @@
 """Tiny runs of Squeeze-and-Span on the digits and a small generator, here or in processes of their own."""
 
-import json
 from pathlib import Path
 
 import torch
 from distributed_run import become_rank
-from resume_run import STEPS, record_batches
+from resume_run import STEPS, run_and_save
 from tiny_runs import digit_sources, tiny_resnet
 from torch import nn
 
@@ -68,7 +67,7 @@ def tiny_trainer(output_dir, student=None, generator="tiny", sources=None, callb
 
 
 def without_batch_norm(module):
-    """Squeeze module and projector without what ties a batch's images together, or ranks apart."""
+    """Batch norm replaced by nothing: what is left ties neither a batch's images together, nor ranks apart."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d):
             setattr(module, name, nn.Identity())
@@ -76,16 +75,9 @@ def without_batch_norm(module):
             without_batch_norm(child)
 
 
-def run(output_dir, resume=None, workers=0, **config):
-    """Train to step 12 with a checkpoint after each step; writes the hash of each step's batch."""
-    torch.set_num_threads(1)
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "logging_strategy": "no"}
-    loading = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": "fork" if workers else None}
-    # A resumed run must not build on what its networks came with.
-    trainer = tiny_trainer(output_dir, seed_of_networks=1 if resume else 0, **(saving | loading | config))
-    seen = record_batches(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    (Path(output_dir) / "batches.json").write_text(json.dumps(seen))
+def run(output_dir, **settings):
+    """Train to step 12, see `run_and_save`."""
+    run_and_save(tiny_trainer, output_dir, **settings)
 
 
 def rank_run(rank, world, port, output_dir, results, settings):

@@ -1,18 +1,16 @@
 """BiGAN, GAN and VAE: a resumed run is the run that never stopped, ranks and micro-batches add up, NaN stops."""
 
 import json
-import math
-import shutil
 
 import pytest
 import torch
 from generative_runs import SEPARABLE, rank_run, run, tiny_trainer
-from processes import differences, in_a_process
+from processes import differences, in_a_process, with_older_state
 from resume_run import STEPS
 from test_distributed import assert_same, launch
+from watched_runs import assert_stops_at_nan
 
-from hfkd.errors import InputError, RunError
-from hfkd.hub.manifest import write_manifest
+from hfkd.errors import InputError
 
 
 # A target that is always exceeded, within few images.
@@ -78,11 +76,7 @@ MUTATIONS = {
 def test_no_state_can_be_lost_unnoticed(straight, method, tmp_path):
     """What the tests above compare does depend on each part of a checkpoint."""
     for name in MUTATIONS[method]:
-        place = tmp_path / name.replace("/", "-")
-        shutil.copytree(straight / "checkpoint-6", place / "checkpoint-6")
-        for file in (straight / "checkpoint-1").glob(f"{name}.*"):
-            shutil.copy(file, place / "checkpoint-6" / file.relative_to(straight / "checkpoint-1"))
-        write_manifest(place / "checkpoint-6")
+        place = with_older_state(straight, name, tmp_path / name.replace("/", "-"))
         assert unequal(straight, resume_from(place, 6, place, method), method) != [], name
 
 
@@ -142,16 +136,4 @@ def test_accumulation_is_the_whole_batch(tmp_path, kind, settings):
 
 
 def test_nan_stops_the_run_and_is_not_saved(method, tmp_path):
-    trainer = tiny_trainer(method, tmp_path, save_strategy="steps", save_steps=2)
-    step = trainer.method_step
-
-    def poisoned(batch, share, last):
-        if trainer.state.global_step == 2:
-            batch["pixel_values"][0] = math.nan
-        return step(batch, share, last)
-
-    trainer.method_step = poisoned
-    with pytest.raises(RunError, match="not finite by step 3") as caught:
-        trainer.train()
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert_stops_at_nan(tiny_trainer(method, tmp_path, save_strategy="steps", save_steps=2))

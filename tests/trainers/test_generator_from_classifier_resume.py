@@ -2,16 +2,14 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
 from classifier_runs import processor, run, tiny_generator, tiny_mlp, tiny_trainer
-from processes import differences, in_a_process
+from processes import differences, in_a_process, with_older_state
 from resume_run import STEPS
 
 from hfkd.errors import InputError, RunError
-from hfkd.hub.manifest import write_manifest
 
 
 # Learned multipliers, several classifiers one at a time, and the gradient clipped: everything that has a state.
@@ -43,11 +41,7 @@ def test_resume_is_exact(straight, tmp_path, step, workers):
 
 def test_no_state_can_be_lost_unnoticed(straight, tmp_path):
     for name in ("training_state/networks", "training_state/optimizers", "model"):
-        place = tmp_path / name.replace("/", "-")
-        shutil.copytree(straight / "checkpoint-6", place / "checkpoint-6")
-        for file in (straight / "checkpoint-1").glob(f"{name}.*"):
-            shutil.copy(file, place / "checkpoint-6" / file.relative_to(straight / "checkpoint-1"))
-        write_manifest(place / "checkpoint-6")
+        place = with_older_state(straight, name, tmp_path / name.replace("/", "-"))
         assert unequal(straight, resume_from(place, 6, place)) != [], name
 
 

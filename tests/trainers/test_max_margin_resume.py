@@ -1,14 +1,11 @@
 """A resumed full-batch run is the run that never stopped, to the bit of the double-precision weights."""
 
 import json
-import shutil
 
 import pytest
 from max_margin_runs import run
-from processes import contents, in_a_process
+from processes import contents, in_a_process, with_older_state
 from resume_run import STEPS
-
-from hfkd.hub.manifest import write_manifest
 
 
 # Scaled from the first step on, and where the batch norms' weights alone decay.
@@ -52,10 +49,7 @@ def test_resume_is_exact(straight, settings, tmp_path, step, workers):
 
 @pytest.mark.parametrize("name", ["training_state/double_precision", "training_state/optimizers"])
 def test_no_state_can_be_lost_unnoticed(straight, settings, tmp_path, name):
-    shutil.copytree(straight / "checkpoint-6", tmp_path / "checkpoint-6")
-    for file in (straight / "checkpoint-1").glob(f"{name}.*"):
-        shutil.copy(file, tmp_path / "checkpoint-6" / file.relative_to(straight / "checkpoint-1"))
-    write_manifest(tmp_path / "checkpoint-6")
+    with_older_state(straight, name, tmp_path)
     assert unequal(straight, resume_from(tmp_path, 6, tmp_path, **settings)) != []
 
 

@@ -1,27 +1,26 @@
-"""Squeeze-and-Span's trainer: what is computed once or never touched, rows of the ablation, what is refused."""
+"""Squeeze-and-Span's trainer: what is computed once or never touched, rows of the ablation, what is saved."""
 
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from squeeze_runs import VIEWS, tiny_generator, tiny_trainer
+from PIL import Image
+from squeeze_runs import tiny_generator, tiny_trainer
 from tiny_runs import digit_sources, tiny_resnet
 from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from hfkd.data import Augmentation, Preprocessing, load_digits
-from hfkd.errors import InputError, RunError
+from hfkd.data import Preprocessing, load_digits
 from hfkd.hub.manifest import file_sha256
 from hfkd.losses.squeeze_and_span import span_loss, squeeze_loss
 from hfkd.models import (
-    HfkdBiganEncoderConfig,
     HfkdConditionalGeneratorConfig,
     HfkdConditionalGeneratorModel,
     HfkdStyleGan2GeneratorConfig,
     HfkdStyleGan2GeneratorModel,
-    HfkdVaeEncoderConfig,
-    HfkdVaeEncoderModel,
 )
+from hfkd.models.backbone import pooled_features
 from hfkd.trainers.frozen_generator import FrozenGenerator
 from hfkd.trainers.squeeze_and_span import CODE_PRESET, SqueezeAndSpanConfig, SqueezeAndSpanTrainer
 
@@ -290,6 +289,14 @@ def test_collapse_is_warned_of_once(tmp_path, caplog, monkeypatch):
     assert [entry["representation_std"] < 0.1 for entry in trainer.state.log_history if "loss" in entry] == [True] * 4
 
 
+def test_few_samples_have_a_low_rank_and_have_not_collapsed(tmp_path):
+    """Three vary in two dimensions at most."""
+    trainer = tiny_trainer(tmp_path, max_steps=1, per_device_train_batch_size=3, **ALL_SYNTHETIC)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["representation_rank"] < 2 and not trainer._warned
+
+
 def test_what_is_saved_is_the_backbone_and_its_card_names_the_teacher(tmp_path):
     generator = tiny_generator()
     generator.save_pretrained(tmp_path / "teacher")
@@ -310,7 +317,8 @@ def test_what_is_saved_is_the_backbone_and_its_card_names_the_teacher(tmp_path):
     assert not list((tmp_path / "run").glob("**/generator"))
 
 
-def test_any_stock_backbone_learns(tmp_path):
+def test_any_stock_backbone_learns_and_its_card_tells_where_its_features_are(tmp_path, monkeypatch):
+    """A ViT has no pooler here, and `AutoModel` gives it one of random weights."""
     config = ViTConfig(
         hidden_size=8,
         num_hidden_layers=1,
@@ -318,107 +326,22 @@ def test_any_stock_backbone_learns(tmp_path):
         intermediate_size=8,
         image_size=8,
         patch_size=4,
-        num_channels=1,
     )
     student = ViTForImageClassification(config)
-    trainer = tiny_trainer(tmp_path, student=student, max_steps=2)
+    trainer = tiny_trainer(tmp_path, student, tiny_generator(num_channels=3), digit_sources(3), max_steps=2)
     before = state(student.vit)
     trainer.train()
     assert changed(before, student.vit) and trainer.model.students[0] is student.vit
-
-
-# -- what is refused -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"synthetic_share": 1.5}, "synthetic_share=1.5"),
-        ({"synthetic_share": -0.1}, "synthetic_share=-0.1"),
-        ({"synthetic_share": 0.0}, "no synthetic sample"),
-        ({"synthetic_share": 0.01}, "has 0 synthetic sample"),
-        ({"per_device_train_batch_size": 3}, "has 1 synthetic sample"),
-        ({"per_device_train_batch_size": 10, "synthetic_share": 0.9}, "has 1 real sample"),
-        ({"gradient_accumulation_steps": 2}, "raise per_device_train_batch_size"),
-        ({"dataloader_drop_last": False}, "dataloader_drop_last=False"),
-        ({"squeeze_depth": -1}, "squeeze_depth=-1"),
-        ({"squeeze_depth": 0}, "has no effect with squeeze_depth=0"),
-        ({"augment_synthetic": False, "shared_augmentation": True}, "no effect with augment_synthetic=False"),
-        ({"teacher_features": "discriminator"}, "choose one of generator, latent"),
-        ({"covariance_weight": -1.0}, "covariance_weight=-1.0"),
-        ({"per_device_train_batch_size": 400}, "has 200 images"),
-    ],
-)
-def test_bad_settings_are_one_line(tmp_path, settings, message):
-    with pytest.raises(InputError, match=message) as caught:
-        tiny_trainer(tmp_path, **settings)
-    assert "\n" not in str(caught.value)
-
-
-NO_DATA = SimpleNamespace(train=None, test=None)
-
-
-def encoder():
-    return HfkdVaeEncoderModel(HfkdVaeEncoderConfig(depth=4, scales=1, num_channels=1, image_size=8))
-
-
-def larger_images():
-    return tiny_generator(kernel_sizes=[4, 4], strides=[1, 4])
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"generator": None}, "needs a generator"),
-        ({"generator": encoder()}, "without sample"),
-        ({"generator": tiny_generator(num_channels=3)}, "images of 3 channel"),
-        ({"generator": tiny_generator(strides=[1, 1])}, "images of 5x5 pixels and the student's are 8x8"),
-        ({"generator": larger_images(), "augment_synthetic": False}, "images of 16x16"),
-        ({"student": HfkdBiganEncoderConfig()}, "encoder is a HfkdBiganEncoderConfig"),
-        ({"sources": NO_DATA}, "needs real images"),
-        ({"sources": NO_DATA, "max_steps": -1, **ALL_SYNTHETIC}, "give max_steps"),
-        ({"sources": NO_DATA, "generated_pool_size": 9, **ALL_SYNTHETIC}, "leave the pool out"),
-    ],
-)
-def test_bad_parts_are_one_line(tmp_path, parts, message):
-    with pytest.raises(InputError, match=message) as caught:
-        tiny_trainer(tmp_path, **parts)
-    assert "\n" not in str(caught.value)
-
-
-def test_larger_generated_images_are_cut_to_size(tmp_path):
-    generator = larger_images()
-    trainer = tiny_trainer(tmp_path, generator=generator, max_steps=2)
-    seen = []
-    trainer.model.students[0].register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(kwargs["pixel_values"].shape[2:]), with_kwargs=True
-    )
-    trainer.train()
-    assert generator.config.image_size == 16 and set(seen) == {(8, 8)}
-
-
-def test_a_plain_augmentation_is_not_for_generated_images(tmp_path):
-    settings = SqueezeAndSpanConfig(str(tmp_path), per_device_train_batch_size=50, use_cpu=True)
-    plain = Augmentation(crop_padding=1)
-    with pytest.raises(InputError, match="pass a ViewAugmentation"):
-        SqueezeAndSpanTrainer(tiny_resnet(0), tiny_generator(), settings, digit_sources().train, augmentation=plain)
-    source = digit_sources().train.variant(augmentation=VIEWS)
-    trainer = SqueezeAndSpanTrainer(tiny_resnet(0), tiny_generator(), settings, source)
-    assert trainer.synthetic_augmentation.horizontal_flip is False  # the source's own
-
-
-def test_a_generator_may_not_change(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=1)
-    method_step = trainer.method_step
-
-    def careless(batch, share, last):
-        with torch.no_grad():
-            trainer.model.teachers[0].model.pixel_bias.add_(1e-3)
-        return method_step(batch, share, last)
-
-    trainer.method_step = careless
-    with pytest.raises(RunError, match="a generator's weights or statistics changed"):
-        trainer.train()
+    trainer.save_model()
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    image.save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec((tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["encoder"].pooler is not None
+    with torch.no_grad():
+        expected = pooled_features(student.vit.eval(), names["pixels"]["pixel_values"])
+    torch.testing.assert_close(names["features"].detach(), expected)
 
 
 def test_a_raw_dataset_is_decoded_by_a_processor(tmp_path):

@@ -1,17 +1,15 @@
 """Squeeze-and-Span: a resumed run is the run that never stopped, ranks add up to the joined batch, NaN stops."""
 
 import json
-import math
-import shutil
 
 import pytest
-from processes import differences, in_a_process
+from processes import differences, in_a_process, with_older_state
 from resume_run import STEPS
 from squeeze_runs import rank_run, run, tiny_generator, tiny_trainer
 from test_distributed import assert_same, launch
+from watched_runs import assert_stops_at_nan
 
-from hfkd.errors import InputError, RunError
-from hfkd.hub.manifest import write_manifest
+from hfkd.errors import InputError
 
 
 # Pools and layer noise are drawn from keys: nothing of them is in a checkpoint.
@@ -52,10 +50,7 @@ def test_resume_is_exact_in_the_middle_of_a_pool(tmp_path):
 @pytest.mark.parametrize("name", ["training_state/networks", "training_state/optimizers", "model"])
 def test_no_state_can_be_lost_unnoticed(straight, tmp_path, name):
     """What the tests above compare does depend on each part of a checkpoint."""
-    shutil.copytree(straight / "checkpoint-6", tmp_path / "checkpoint-6")
-    for file in (straight / "checkpoint-1").glob(f"{name}.*"):
-        shutil.copy(file, tmp_path / "checkpoint-6" / file.relative_to(straight / "checkpoint-1"))
-    write_manifest(tmp_path / "checkpoint-6")
+    with_older_state(straight, name, tmp_path)
     assert unequal(straight, resume_from(tmp_path, 6, tmp_path)) != []
 
 
@@ -97,16 +92,4 @@ def test_without_gathering_each_process_has_its_own_statistics(tmp_path):
 
 
 def test_nan_stops_the_run_and_is_not_saved(tmp_path):
-    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2)
-    step = trainer.method_step
-
-    def poisoned(batch, share, last):
-        if trainer.state.global_step == 2:
-            batch["pixel_values"][0] = math.nan
-        return step(batch, share, last)
-
-    trainer.method_step = poisoned
-    with pytest.raises(RunError, match="not finite by step 3") as caught:
-        trainer.train()
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert_stops_at_nan(tiny_trainer(tmp_path, save_strategy="steps", save_steps=2))

@@ -1,17 +1,15 @@
 """VICReg, SimSiam and encoding: a resumed run is the run that never stopped, and ranks add up."""
 
 import json
-import math
-import shutil
 
 import pytest
-from processes import differences, in_a_process
+from processes import differences, in_a_process, with_older_state
 from resume_run import STEPS
 from test_distributed import assert_same, launch
 from two_view_runs import rank_run, run, tiny_generator, tiny_trainer
+from watched_runs import assert_stops_at_nan
 
-from hfkd.errors import InputError, RunError
-from hfkd.hub.manifest import write_manifest
+from hfkd.errors import InputError
 
 
 METHODS = ["vicreg", "simsiam", "latent_encoding"]
@@ -53,11 +51,7 @@ def test_resume_is_exact(straight, method, tmp_path, step, workers):
 def test_no_state_can_be_lost_unnoticed(straight, method, tmp_path):
     """What the tests above compare does depend on each part of a checkpoint."""
     for name in ("training_state/networks", "training_state/optimizers", "model"):
-        place = tmp_path / name.replace("/", "-")
-        shutil.copytree(straight / "checkpoint-6", place / "checkpoint-6")
-        for file in (straight / "checkpoint-1").glob(f"{name}.*"):
-            shutil.copy(file, place / "checkpoint-6" / file.relative_to(straight / "checkpoint-1"))
-        write_manifest(place / "checkpoint-6")
+        place = with_older_state(straight, name, tmp_path / name.replace("/", "-"))
         assert unequal(straight, resume_from(place, 6, place, method)) != [], name
 
 
@@ -99,15 +93,4 @@ def test_without_gathering_vicregs_processes_have_statistics_of_their_own(tmp_pa
 
 
 def test_nan_stops_the_run_and_is_not_saved(method, tmp_path):
-    trainer = tiny_trainer(method, tmp_path, save_strategy="steps", save_steps=2, **MIXED)
-    step = trainer.method_step
-
-    def poisoned(batch, share, last):
-        if trainer.state.global_step == 2:
-            batch["pixel_values"][0] = math.nan
-        return step(batch, share, last)
-
-    trainer.method_step = poisoned
-    with pytest.raises(RunError, match="not finite by step 3"):
-        trainer.train()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert_stops_at_nan(tiny_trainer(method, tmp_path, save_strategy="steps", save_steps=2, **MIXED))

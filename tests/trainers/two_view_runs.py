@@ -1,15 +1,14 @@
 """Tiny runs of VICReg, SimSiam and encoding on the digits, here or in processes of their own."""
 
-import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from distributed_run import become_rank
 from generative_runs import symmetric_digits
-from resume_run import STEPS, record_batches
+from resume_run import STEPS, run_and_save
+from squeeze_runs import without_batch_norm
 from tiny_runs import digit_sources, tiny_resnet
-from torch import nn
 
 from hfkd.data import ViewAugmentation
 from hfkd.models import (
@@ -88,25 +87,9 @@ def tiny_trainer(method, output_dir, student=None, generator=None, callbacks=Non
     return kind(student, args, generator, **parts)
 
 
-def without_norms(module):
-    """Batch norm replaced by nothing: what is left is a function of each sample."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d):
-            setattr(module, name, nn.Identity())
-        else:
-            without_norms(child)
-
-
-def run(output_dir, method="vicreg", resume=None, workers=0, **config):
-    """Train to step 12 with a checkpoint after each step; writes the hash of each step's batch."""
-    torch.set_num_threads(1)
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "logging_strategy": "no"}
-    loading = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": "fork" if workers else None}
-    # A resumed run must not build on what its networks came with.
-    trainer = tiny_trainer(method, output_dir, seed_of_networks=1 if resume else 0, **(saving | loading | config))
-    seen = record_batches(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    (Path(output_dir) / "batches.json").write_text(json.dumps(seen))
+def run(output_dir, method="vicreg", **settings):
+    """Train to step 12, see `run_and_save`."""
+    run_and_save(partial(tiny_trainer, method), output_dir, **settings)
 
 
 def rank_run(rank, world, port, output_dir, results, settings):
@@ -115,7 +98,7 @@ def rank_run(rank, world, port, output_dir, results, settings):
     config = {"max_steps": 6, **settings}
     method = config.pop("method")
     trainer = tiny_trainer(method, output_dir, dtype=torch.float64, norm="none", seed_of_networks=rank, **config)
-    without_norms(trainer.model.training_only)
+    without_batch_norm(trainer.model.training_only)
     trainer.train()
     found = {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history}
     torch.save(found | {"metrics": trainer.evaluate()}, Path(results) / f"{rank}.pt")

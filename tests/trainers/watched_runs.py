@@ -4,11 +4,14 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import yaml
 from test_online_adversarial import weights
 from torch import nn
 from torch.nn import functional as F
+
+from hfkd.errors import RunError
 
 
 def watch(trainer):
@@ -40,6 +43,22 @@ def watch(trainer):
     last = [m for m in students[0].modules() if isinstance(m, nn.Conv2d)][-1]
     last.register_forward_hook(lambda m, x, y: seen.convolved.append(y))
     trainer.seen = seen
+
+
+def assert_stops_at_nan(trainer):
+    """A pixel of the third update is NaN: the run, which saves every second one, stops there and keeps the second."""
+    step = trainer.method_step
+
+    def poisoned(batch, share, last):
+        if trainer.state.global_step == 2:
+            batch["pixel_values"][0] = math.nan
+        return step(batch, share, last)
+
+    trainer.method_step = poisoned
+    with pytest.raises(RunError, match="not finite by step 3") as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+    assert saved(trainer) == [2]
 
 
 # -- what can be looked at: functions of a trainer that has trained ---------------------------------
