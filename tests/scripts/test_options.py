@@ -77,7 +77,7 @@ def test_yaml_values_of_the_right_type(tmp_path, text, values):
         ("bf16: 1", "bf16: 1 is not true or false"),
         ("students: resnet8", "students: 'resnet8' is not a list .* of a text"),
         ("students: [resnet8, 8]", "students: .* is not a list"),
-        ("augmentation: cropp", "augmentation: 'cropp' is not one of 'none', 'crop', 'resized_crop', 'ssl', 'ssl_blur' or null"),
+        ("augmentation: cropp", "augmentation: 'cropp' is not one of 'none', .* or null"),
         ("dataset_name: 3", "dataset_name: 3 is not a text"),
         ("learning_rat: 1", "unknown option 'learning_rat' .did you mean 'learning_rate'"),
         ("- a list", "needs lines of the form"),
