@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
 )
+from transformers.utils import logging
 
 import hfkd.models  # noqa: F401  registers the hfkd_* model types
 from hfkd.data import Preprocessing
@@ -81,16 +83,17 @@ def load_cohort(
     subfolders = ["", *(match.group() for match in sorted(peers, key=lambda match: int(match.group(1))))]
     try:
         auto_class = _auto_class(folder, trust_remote_code) if headless else AutoModelForImageClassification
-        loaded = [
-            auto_class.from_pretrained(
-                folder,
-                subfolder=subfolder,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            for subfolder in subfolders
-        ]
+        with _without_load_reports():
+            loaded = [
+                auto_class.from_pretrained(
+                    folder,
+                    subfolder=subfolder,
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+                for subfolder in subfolders
+            ]
         processor: Any = AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -103,6 +106,17 @@ def load_cohort(
     config = students[0].config
     preprocessing = Preprocessing.from_image_processor(processor, num_channels=getattr(config, "num_channels", 3))
     return Cohort(students, preprocessing, folder, fresh)
+
+
+@contextmanager
+def _without_load_reports() -> Iterator[None]:
+    """What transformers would print of missing weights is known here: `Cohort.fresh_weights`, or an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def holds_generator(folder: Path) -> bool:

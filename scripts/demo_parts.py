@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
 from hfkd.data import DataArguments, ImageDatasets, load_image_datasets, make_source
 from hfkd.errors import RunError
@@ -40,17 +39,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def without_load_reports() -> Iterator[None]:
-    """A backbone is loaded without a classifier on purpose, which transformers would warn of."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def data_of(folder: Path) -> ImageDatasets:

@@ -11,7 +11,7 @@ from hfkd.evaluation.statistics import describe_difference, paired_accuracy_diff
 from hfkd.trainers.checkpointing import check_no_other_run
 
 from .checkpoint import load_cohort
-from .demo_parts import data_of, logits_of, one_thread, reload, right, without_load_reports
+from .demo_parts import data_of, logits_of, one_thread, reload, right
 from .evaluate import EvaluateArguments, evaluate
 from .measured_data import data_of_run
 from .methods import find_method
@@ -68,8 +68,7 @@ def _recipe(name: str) -> dict[str, Any]:
 
 
 def _comparison(output_dir: Path) -> str:
-    with without_load_reports():
-        found = [_probe(output_dir / folder) for folder in NETWORKS]
+    found = [_probe(output_dir / folder) for folder in NETWORKS]
     n = len(found[0][2])
     lines = ["".join([" " * 28, *(f"{name:>28}" for name in NETWORKS.values())])]
     for probe in PROBES:
