@@ -56,13 +56,16 @@ class Arm:
 
     @property
     def dataset(self) -> str:
-        """The data's name for the results: of a local folder only its last part; `none` of a method without data."""
+        """The last part of the data's name, as in the results; `none` of a method without data.
+
+        So a report can be made where the folder is not, and rows of a folder and of the Hub's copy stand together.
+        """
         if self.method.data is None:
             return "none"
         (data_arguments,) = (kind for kind in self.method.dataclasses() if kind.__name__ == "DataArguments")
         default = next(item.default for item in dataclasses.fields(data_arguments) if item.name == "dataset_name")
         name = str(self.settings.get("dataset_name", default))
-        return Path(name).resolve().name if Path(name).is_dir() else name
+        return Path(name).name or Path(name).resolve().name
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,16 @@ def test_arms_of_a_seed_share_seed_and_data_seed(tmp_path):
     assert runs[2].settings["num_train_epochs"] == 1.0
 
 
+def test_the_data_is_called_the_same_where_its_folder_is_not(tmp_path, monkeypatch):
+    """A results file is read on other machines, and in clones without the data."""
+    path = write(tmp_path, settings={**STUDY["settings"], "dataset_name": "data/cifar10"})
+    monkeypatch.chdir(tmp_path)
+    without = read_study(path).dataset
+    (tmp_path / "data" / "cifar10").mkdir(parents=True)
+    assert without == read_study(path).dataset == "cifar10"
+    assert read_study(write(tmp_path, settings={"dataset_name": "uoft-cs/cifar10"})).dataset == "cifar10"
+
+
 def test_rows_of_every_finished_run(tmp_path):
     study, results = read_study(write(tmp_path)), tmp_path / "out" / "results.csv"
     run_study(study, tmp_path / "out", results, Runner())
