@@ -8,7 +8,7 @@ from .timing import append_measured
 
 
 def run(argv: list[str]) -> int:
-    names = ", ".join(method.name for method in METHODS.values())
+    names = ", ".join(method.name for method in METHODS.values() if method.benchmark)
     parser = Parser("benchmark", __doc__)
     parser.add_argument("method", help=f"one of {names}")
     parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured (default: 20)")

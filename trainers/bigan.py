@@ -31,7 +31,7 @@ from .encoder_checks import base_of, check_encoder, check_generator
 from .feature_maps import full_precision
 from .images import preprocessing_of
 from .networks import TrainingNetworks
-from .optimizers import build_adam, build_main_optimizer, build_main_schedule, milestone_schedule
+from .optimizers import build_adam, build_discriminator_schedule, build_main_optimizer, build_main_schedule
 from .pictures import sample_picture
 
 
@@ -209,12 +209,9 @@ class BiGanTrainer(DistillationTrainer):
         }
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
-        milestones, gamma = self.args.discriminator_lr_milestones, self.args.lr_gamma
         return {
             MAIN: build_main_schedule(optimizers[MAIN], self.args, max_steps),
-            DISCRIMINATOR: milestone_schedule(
-                optimizers[DISCRIMINATOR], max_steps=max_steps, milestones=milestones, gamma=gamma
-            ),
+            DISCRIMINATOR: build_discriminator_schedule(optimizers[DISCRIMINATOR], self.args, max_steps),
         }
 
     # -- one update --------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from .feature_maps import full_precision
 from .gan_checks import check_discriminator, check_judge, check_unlabelled
 from .images import preprocessing_of
 from .networks import TrainingNetworks
-from .optimizers import build_adam, build_main_optimizer, build_main_schedule, milestone_schedule
+from .optimizers import build_adam, build_discriminator_schedule, build_main_optimizer, build_main_schedule
 from .pictures import sample_picture
 from .weight_average import AfterUpdate, average_decay, follow
 
@@ -247,12 +247,9 @@ class GanTrainer(DistillationTrainer):
         }
 
     def build_schedules(self, optimizers: dict[str, torch.optim.Optimizer], max_steps: int) -> dict[str, Any]:
-        milestones, gamma = self.args.discriminator_lr_milestones, self.args.lr_gamma
         return {
             GENERATOR: build_main_schedule(optimizers[GENERATOR], self.args, max_steps),
-            DISCRIMINATOR: milestone_schedule(
-                optimizers[DISCRIMINATOR], max_steps=max_steps, milestones=milestones, gamma=gamma
-            ),
+            DISCRIMINATOR: build_discriminator_schedule(optimizers[DISCRIMINATOR], self.args, max_steps),
         }
 
     # -- one update --------------------------------------------------------------------------------------------------

@@ -235,6 +235,12 @@ def build_main_schedule(optimizer: torch.optim.Optimizer, args: DistillationConf
     )
 
 
+def build_discriminator_schedule(optimizer: torch.optim.Optimizer, args: Any, max_steps: int) -> LambdaLR:
+    """A constant rate, multiplied by `lr_gamma` at each of `discriminator_lr_milestones`."""
+    milestones = args.discriminator_lr_milestones
+    return milestone_schedule(optimizer, max_steps=max_steps, milestones=milestones, gamma=args.lr_gamma)
+
+
 def _check_names(what: str, own: dict[str, Any], state: dict[str, Any]) -> None:
     if own.keys() != state.keys():
         raise KeyError(f"the checkpoint has {what}s {sorted(state)}, this run has {sorted(own)}")

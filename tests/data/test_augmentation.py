@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -139,8 +140,8 @@ def test_a_square_crop_is_a_part_of_the_image(fraction: float) -> None:
         SquareCrop(fraction)
 
 
-def test_batched_is_far_faster_than_per_sample_pillow() -> None:
-    """Guards against work by the image. Ten times, as wanted, is what `hfkd benchmark` shows on an idle machine."""
+def test_batched_is_ten_times_as_fast_as_per_sample_pillow() -> None:
+    """Other work on the machine makes both slower, each at its own moments: the best times of several rounds count."""
     images, index = random_images(128), torch.arange(128)
     augmentation, preprocessing = Augmentation(4, "reflect", True), Preprocessing(32)
     mean, std = (
@@ -156,14 +157,18 @@ def test_batched_is_far_faster_than_per_sample_pillow() -> None:
         done = [to_array(pillow_reference(x, augmentation, d)) for x, d in zip(stored, draws, strict=True)]
         return torch.from_numpy(np.stack([(array.astype(np.float32) / 255 - mean) / std for array in done]))
 
-    def rate(run: object, repeats: int) -> float:
-        best = float("inf")
+    def best_time(run: Callable[[], torch.Tensor], repeats: int) -> float:
+        times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            run()  # type: ignore[operator]
-            best = min(best, time.perf_counter() - start)
-        return 128 / best
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
 
-    fast, slow = rate(batched, 30), rate(per_sample, 5)
-    print(f"\nimages/s at batch 128, 32x32: batched {fast:,.0f}, per-sample Pillow {slow:,.0f}: {fast / slow:.1f}x")
-    assert fast >= 4 * slow
+    fast = slow = float("inf")
+    for _ in range(10):
+        fast, slow = min(fast, best_time(batched, 30)), min(slow, best_time(per_sample, 5))
+        if slow >= 10 * fast:
+            break
+    print(f"\nimages/s at batch 128, 32x32: batched {128 / fast:,.0f}, per-sample Pillow {128 / slow:,.0f}")
+    assert slow >= 10 * fast
