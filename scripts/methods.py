@@ -78,6 +78,22 @@ METHODS = {
             metrics=("mean_accuracy", "ensemble_accuracy"),
         ),
         Method(
+            stem="supervised",
+            summary="Cross-entropy alone: the baseline that every distillation has to beat",
+            config="hfkd.trainers.supervised:SupervisedConfig",
+            setup="hfkd.scripts.peers:SupervisedArguments",
+            build="hfkd.scripts.peers:build_supervised",
+            metrics=("mean_accuracy",),
+        ),
+        Method(
+            stem="mutual_learning",
+            summary="DML: students that learn from the labels and from each other's predictions",
+            config="hfkd.trainers.mutual_learning:MutualLearningConfig",
+            setup="hfkd.scripts.cohort:StudentsArguments",
+            build="hfkd.scripts.peers:build_mutual_learning",
+            metrics=("mean_accuracy", "ensemble_accuracy"),
+        ),
+        Method(
             stem="gradient_features",
             summary="Gradients as features: a linear classifier on the activations and gradients of a trained network",
             config="hfkd.trainers.gradient_features:GradientFeaturesConfig",

@@ -28,22 +28,19 @@ class Ordering:
     def verdict(self, difference: Estimate) -> str:
         """Whether the claim holds, from the paired difference of shares (first minus second) over the seeds.
 
-        `>` holds or fails where the difference is more than two standard errors from zero, and is open between.
-        `~` holds where two standard errors leave the difference within its points, and fails where beyond them.
+        `>` holds or fails where the 95 % confidence interval excludes zero, and is open otherwise. `~` holds where
+        the interval lies within its points, fails where it lies beyond them, and is open otherwise.
         """
-        points = f"{100 * difference.value:+.2f}"
-        if math.isnan(difference.standard_error):
-            return f"open: {points} points in one seed"
-        error = 2 * difference.standard_error
-        found = f"{points} ± {100 * difference.standard_error:.2f} points"
-        if self.relation != ">":
+        low, high = difference.interval
+        if math.isnan(low):
+            return f"open: {100 * difference.value:+.2f} points in one seed"
+        if self.relation == ">":
+            holds, fails = low > 0, high < 0
+        else:
             close = float(self.relation[1:] or 1) / 100
-            if abs(difference.value) + error <= close:
-                return f"holds: {found}"
-            return f"does not hold: {found}" if abs(difference.value) - error > close else f"open: {found}"
-        if abs(difference.value) <= error:
-            return f"open: {found}"
-        return f"holds: {found}" if difference.value > 0 else f"does not hold: {found}"
+            holds, fails = -close <= low and high <= close, low > close or high < -close
+        found = f"{100 * difference.value:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}] points"
+        return f"{'holds' if holds else 'does not hold' if fails else 'open'}: {found}"
 
 
 def read_orderings(texts: Sequence[str], arms: Collection[str], source: str) -> list[Ordering]:

@@ -60,19 +60,33 @@ def measured_arms(study: Study, collected: Mapping[str, Values]) -> dict[str, in
     return {arm: max(of_arm) for arm, of_arm in counts.items() if of_arm}
 
 
-def format_estimate(estimate: Estimate | None, metric: str, *, signed: bool = False) -> str:
-    """`81.25 ± 0.31`, in percent for shares; without the error where one seed gives none."""
+def format_mean(estimate: Estimate | None, metric: str) -> str:
+    """`81.25 ± 0.31`, in percent for shares; without the standard error where one seed gives none."""
     if estimate is None:
         return "—"
-    factor, digits = (100, 2) if is_share(metric) else (1, 4)
-    sign = "+" if signed else ""
-    value = f"{estimate.value * factor:{sign}.{digits}f}"
+    factor, digits = _unit(metric)
+    value = f"{estimate.value * factor:.{digits}f}"
     return value if estimate.n < 2 else f"{value} ± {estimate.standard_error * factor:.{digits}f}"
+
+
+def format_difference(estimate: Estimate | None, metric: str) -> str:
+    """`+0.58 [-0.40, +1.56]`, in points for shares; without the 95 % interval where one seed gives none."""
+    if estimate is None:
+        return "—"
+    factor, digits = _unit(metric)
+    value, low, high = (f"{number * factor:+.{digits}f}" for number in (estimate.value, *estimate.interval))
+    return value if estimate.n < 2 else f"{value} [{low}, {high}]"
+
+
+def _unit(metric: str) -> tuple[float, int]:
+    """What a value is multiplied by to be shown, and its digits."""
+    return (100, 2) if is_share(metric) else (1, 4)
 
 
 def make_table(study: Study, rows: Sequence[Row]) -> str:
     """Markdown: mean ± standard error over seeds per arm and metric, and paired differences to the reference arm.
 
+    A difference stands with its 95 % confidence interval.
     An arm whose method does not have a metric has a dash there.
     """
     collected = {metric: collect(study, rows, metric) for metric in study.metrics}
@@ -84,8 +98,8 @@ def make_table(study: Study, rows: Sequence[Row]) -> str:
         cells = [arm, str(seeds)]
         for metric, values in collected.items():
             mean = mean_over_seeds(list(values[arm].values())) if arm in values else None
-            cells.append(format_estimate(mean, metric))
-            cells.append(format_estimate(compare(values, arm, study.reference), metric, signed=True))
+            cells.append(format_mean(mean, metric))
+            cells.append(format_difference(compare(values, arm, study.reference), metric))
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -121,7 +135,7 @@ def write_report(study: Study, rows: Sequence[Row], folder: Path) -> str:
     n_test = sorted({row["n_test"] for row in rows if row["recipe"] == study.name and row["dataset"] == study.dataset})
     caption = (
         f"{study.name} on {study.dataset}: {', '.join(n_test)} test images; mean ± standard error over seeds, and the "
-        f"mean of the per-seed differences to {study.reference} ± its standard error."
+        f"mean of the per-seed differences to {study.reference} with its 95 % confidence interval."
     )
     parts = (make_table(study, rows), caption, describe(study, rows), check_orderings(study, rows))
     text = "\n\n".join(part for part in parts if part)

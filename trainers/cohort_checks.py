@@ -16,23 +16,27 @@ from hfkd.models.probing import image_errors, probe_pixels, undisturbed
 from .config import DistillationConfig
 
 
-def check_networks(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> torch.dtype:
+def check_networks(
+    students: Sequence[PreTrainedModel], teachers: Sequence[PreTrainedModel], least_students: int = 2
+) -> torch.dtype:
     """The students' common precision.
 
     Raises:
-        InputError: no list of models, too few of them, shared weights, unequal classes, or mixed or half precision.
+        InputError: no list of models, fewer than `least_students` where no teacher is, shared weights, unequal
+            classes, or mixed or half precision.
     """
     if isinstance(students, nn.Module):
         raise InputError(f"students={type(students).__name__} is a single model: pass a list of students")
-    if len(students) < (1 if teacher is not None else 2):
-        raise InputError(f"{len(students)} student(s): online distillation needs two or more, or pass a teacher")
-    networks = _by_name(students, teacher)
+    if len(students) < (1 if teachers else least_students):
+        needs = "two or more, or pass a teacher" if least_students == 2 else f"{least_students} or more"
+        raise InputError(f"{len(students)} student(s): students that learn from each other are {needs}")
+    networks = _by_name(students, teachers)
     for name, network in networks.items():
         check_is_model(name, network)
     _check_own_weights(networks)
     counts = [network.config.num_labels for network in networks.values()]
     if len(set(counts)) > 1:
-        raise InputError(f"the networks have {counts} classes: all students and the teacher need the same number")
+        raise InputError(f"the networks have {counts} classes: all students and teachers need the same number")
     return common_precision(students)
 
 
@@ -42,9 +46,11 @@ def check_is_model(name: str, network: object) -> None:
         raise InputError(f"{name} is a {type(network).__name__}: pass a model, as build_student makes one of a name")
 
 
-def _by_name(students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None) -> dict[str, PreTrainedModel]:
+def _by_name(students: Sequence[PreTrainedModel], teachers: Sequence[PreTrainedModel]) -> dict[str, PreTrainedModel]:
     named = {f"student {k}": student for k, student in enumerate(students)}
-    return named if teacher is None else named | {"the teacher": teacher}
+    if len(teachers) == 1:
+        return named | {"the teacher": teachers[0]}
+    return named | {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
 
 
 def _check_own_weights(networks: Mapping[str, PreTrainedModel]) -> None:
@@ -71,10 +77,10 @@ def common_precision(students: Sequence[PreTrainedModel]) -> torch.dtype:
 
 
 def check_images(
-    students: Sequence[PreTrainedModel], teacher: PreTrainedModel | None, preprocessing: Preprocessing
+    students: Sequence[PreTrainedModel], teachers: Sequence[PreTrainedModel], preprocessing: Preprocessing
 ) -> None:
     """Raise InputError unless each network takes images of the size and the channels of the data."""
-    for name, network in _by_name(students, teacher).items():
+    for name, network in _by_name(students, teachers).items():
         wanted = getattr(network.config, "num_channels", preprocessing.num_channels)
         if wanted not in (1, preprocessing.num_channels):
             raise InputError(

@@ -38,7 +38,7 @@ def check_encoder(encoder: PreTrainedModel, fields: Sequence[str], preset: str, 
             f"the encoder has num_channels={channels} and the images have {preprocessing.num_channels}, as generated "
             "ones must: build it with num_channels of the data, or decode the images with those of the encoder"
         )
-    check_images([encoder], None, preprocessing)
+    check_images([encoder], (), preprocessing)
 
 
 def check_symmetric(preprocessing: Preprocessing) -> None:

@@ -166,7 +166,7 @@ class GradientFeaturesTrainer(CachedActivations):
             check_labels(name, dataset, model.config.num_labels, several_labels=True)
         problem_type = _common_problem_type(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         common_precision([model])
-        check_images([model], None, preprocessing_of(train_dataset, processing_class, model.config))
+        check_images([model], (), preprocessing_of(train_dataset, processing_class, model.config))
         networks = TrainingNetworks([model])
         self.args = args  # Trainer sets it too, but the evaluation images are cut before
         check_batches(train_dataset, args, [], networks.training_only)  # batch norm is folded or in evaluation mode

@@ -160,7 +160,7 @@ class MaxMarginTrainer(DistillationTrainer):
         common_precision([model])
         args = _with_full_batches(args, train_dataset)
         preprocessing = preprocessing_of(train_dataset, processing_class, model.config)
-        check_images([model], None, preprocessing)
+        check_images([model], (), preprocessing)
         check_batches(train_dataset, args, [model], nn.ModuleList())
         self._decayed = _decayed(model, args, preprocessing)
         _warn_if_random(model, preprocessing)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from hfkd.data import Augmentation
 from hfkd.errors import InputError
-from hfkd.evaluation.cohort import cohort_metrics
 from hfkd.evaluation.similarity import map_distances
 from hfkd.losses.online_adversarial import (
     GAN_LOSSES,
@@ -27,15 +26,12 @@ from hfkd.losses.online_adversarial import (
     kl_rampup,
     previous,
 )
-from hfkd.models import ClassifierAdapter, ClassifierFeatures
-from hfkd.models.feature_discriminator import Shape
+from hfkd.models import ClassifierFeatures
 
-from .base import DistillationTrainer
-from .cohort_checks import check_batches, check_images, check_labels, check_networks
-from .config import DistillationConfig, check_milestones, check_range
-from .feature_maps import FeatureMapTeaching, full_precision
-from .images import preprocessing_of
-from .networks import FrozenTeacher, Renormalize, TrainingNetworks, frozen_running_statistics
+from .cohort import CohortConfig, CohortTrainer
+from .config import check_milestones, check_range
+from .feature_maps import FeatureMapTeaching
+from .networks import frozen_running_statistics
 from .optimizers import build_main_optimizer, build_main_schedule, milestone_schedule
 from .state import restore_rng_state, rng_state
 
@@ -63,22 +59,13 @@ _WITHOUT_EFFECT: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
 
 
 @dataclass
-class OnlineAdversarialConfig(DistillationConfig):
+class OnlineAdversarialConfig(CohortConfig):
     """Settings of AFD. The defaults are the paper's for CIFAR-100, or inferred where it is silent (each help says so).
 
     The comparison arms are settings: vanilla (`kl_weight=0, feature_loss=none`), logit only (`feature_loss=none`,
     which is DML with a temperature), adversarial only (`kl_weight=0`), L1 + KD (`feature_loss=l1`), and the control
     whose Adam only shrinks weights (`feature_loss_weight=0`).
     """
-
-    num_train_epochs: float = field(default=300.0, metadata={"help": "Epochs (paper: 300)."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images per device (paper: 128)."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Of SGD on the logit loss (paper: 0.1)."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Of SGD, on all parameters (paper: 1e-4)."})
-    lr_milestones: list[float] = field(
-        default_factory=lambda: [0.5, 0.75],
-        metadata={"help": "Fractions of the run at which SGD's rate falls (paper: epochs 150 and 225 of 300)."},
-    )
 
     temperature: float = field(default=3.0, metadata={"help": "T of the KL term, > 0 (inferred: 3)."})
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of T^2 KL (paper: 1); 0: cross-entropy alone."})
@@ -179,7 +166,7 @@ class _MicroBatch:
     generators: dict[str, Any] | None
 
 
-class OnlineAdversarialTrainer(DistillationTrainer):
+class OnlineAdversarialTrainer(CohortTrainer):
     """Trains a cohort of students that teach each other logits and the distribution of feature maps.
 
     Args:
@@ -232,27 +219,13 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         callbacks: Sequence[Any] | None = None,
         dataset_name: str | None = None,
     ) -> None:
-        args = args or OnlineAdversarialConfig()
-        dtype = check_networks(students, teacher)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_labels(name, dataset, students[0].config.num_labels)
-        preprocessing = preprocessing_of(train_dataset, processing_class, students[0].config)
-        check_images(students, teacher, preprocessing)
-        renormalize = Renormalize.for_teacher(preprocessing, teacher_processing_class)
-        teachers = [FrozenTeacher(teacher.to(dtype), renormalize)] if teacher is not None else []
-        self.adapters = [
-            ClassifierAdapter(model, tap=args.feature_tap) for model in (*students, *(t.model for t in teachers))
-        ]
-        shapes = [adapter.feature_shape(preprocessing.image_size) for adapter in self.adapters]
-        count = len(students)
+        count = len(students) if isinstance(students, Sequence) else 0  # what is no list is refused below
         # Whom each student learns from: the one before it in the cycle, or the teacher, who comes last.
-        self.sources = [count if teachers else previous(k, count) for k in range(count)]
-        self.maps = self._teach_maps(args, shapes, dtype)
-        training_only = dict(self.maps.named_children()) if self.maps is not None else {}
-        networks = TrainingNetworks(students, training_only, teachers)
-        check_batches(train_dataset, args, students, networks.training_only)
+        self.sources = [count if teacher is not None else previous(k, count) for k in range(count)]
+        self.maps: FeatureMapTeaching | None = None
+        args = args or OnlineAdversarialConfig()
         super().__init__(
-            networks,
+            students,
             args,
             train_dataset,
             eval_dataset,
@@ -260,18 +233,18 @@ class OnlineAdversarialTrainer(DistillationTrainer):
             augmentation=augmentation,
             callbacks=callbacks,
             dataset_name=dataset_name,
+            teachers=[] if teacher is None else [teacher],
+            teacher_processing_classes=[] if teacher is None else [teacher_processing_class],
+            tap=args.feature_tap,
         )
         self._pending: list[_MicroBatch] = []
 
-    def _teach_maps(
-        self, args: OnlineAdversarialConfig, shapes: Sequence[Shape], dtype: torch.dtype
-    ) -> FeatureMapTeaching | None:
-        """T_k and D_k, drawn from a generator of their own: with or without them the students start alike."""
+    def build_training_only(self, args: OnlineAdversarialConfig) -> dict[str, nn.Module]:
+        """T_k and D_k."""
         if args.feature_loss == "none" or args.feature_loss_weight == 0:
-            return None
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed + 1)
-            return FeatureMapTeaching(shapes, self.sources, args).to(dtype)
+            return {}
+        self.maps = FeatureMapTeaching(self.shapes, self.sources, args)
+        return dict(self.maps.named_children())
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -338,7 +311,7 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         maps_active = started and self._map_losses
         again = maps_active and (share < 1 or self.args.update_mode == "recompute")
         this = _MicroBatch(batch, share, rng_state() if again else None)
-        features = self._features(batch["pixel_values"])
+        features = self.features(batch["pixel_values"])
         losses, parts = self._logit_losses(features, batch["labels"])
         if self.maps is not None and started and self._joined:
             aligned = self.maps.extractor_losses(self._maps(features))
@@ -399,22 +372,13 @@ class OnlineAdversarialTrainer(DistillationTrainer):
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
-    def _features(self, pixel_values: Tensor) -> list[ClassifierFeatures]:
-        """One forward pass of every student, and of the teacher, last, without gradient."""
-        with self.autocast():
-            features = [adapter(pixel_values) for adapter in self.adapters[: len(self.model.students)]]
-            for teacher, adapter in zip(self.model.frozen(), self.adapters[len(features) :], strict=True):
-                with torch.no_grad():
-                    features.append(adapter(teacher.renormalize(pixel_values)))
-        return features
-
     def _logit_losses(
         self, features: list[ClassifierFeatures], labels: Tensor
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """L_logit^k = CE(y, softmax(z_k)) + T^2 KL(softmax(z_prev(k) / T) || softmax(z_k / T)) (paper, eq. 13)."""
         args = self.args
         weight = args.kl_weight * kl_rampup(self.state.epoch or 0.0, args.kl_rampup_epochs)
-        logits = [full_precision(f.logits) for f in features]
+        logits = self.logits_of(features)
         losses, parts = [], {}
         for k, source in enumerate(self.sources):
             loss = parts[f"student_{k}_ce"] = F.cross_entropy(logits[k], labels)
@@ -439,16 +403,15 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         assert earlier.generators is not None
         restore_rng_state(earlier.generators)
         with frozen_running_statistics(self.model):
-            maps = self._maps(self._features(earlier.batch["pixel_values"]))
+            maps = self._maps(self.features(earlier.batch["pixel_values"]))
         restore_rng_state(now)
         return maps
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluation_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        features = self._features(batch["pixel_values"])
-        logits = [full_precision(f.logits) for f in features[: len(self.sources)]]
-        outputs = {"logits": torch.stack(logits, dim=1)}
+        features = self.features(batch["pixel_values"])
+        outputs = {"logits": torch.stack(self.logits_of(features)[: len(self.sources)], dim=1)}
         maps = self._maps(features)
         # In a cohort of two, (0, 1) and (1, 0) are one pair.
         for a, b in sorted({(min(pair), max(pair)) for pair in enumerate(self.sources)}):
@@ -459,10 +422,8 @@ class OnlineAdversarialTrainer(DistillationTrainer):
         return outputs
 
     def evaluation_metrics(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
-        """Accuracies of the students and their ensembles, `loss` (mean CE), map similarities, D accuracies."""
-        students = list(outputs["logits"].unbind(dim=1))
-        metrics = {"loss": torch.stack([F.cross_entropy(z, labels) for z in students]).mean().item()}
-        metrics |= cohort_metrics(students, labels)
+        """Those of every cohort, map similarities, D accuracies."""
+        metrics = super().evaluation_metrics(outputs, labels)
         for name, values in outputs.items():
             if name.startswith("maps_"):
                 name = name if len(self.model.teachers) == 0 else name.rpartition("_")[0] + "_teacher"

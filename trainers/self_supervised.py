@@ -103,7 +103,7 @@ class SelfSupervisedTrainer(FrozenParents):
         preprocessing = preprocessing_of(train_dataset, processing_class, student.config)
         if processing_class is None and decoded:
             processing_class = preprocessing.to_image_processor()
-        check_images([student], None, preprocessing)
+        check_images([student], (), preprocessing)
         if augmentation is None:
             augmentation = getattr(train_dataset, "augmentation", None) or ViewAugmentation()
         self._check_views(augmentation, args)

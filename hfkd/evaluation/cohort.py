@@ -37,8 +37,8 @@ def cohort_metrics(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
     """Accuracies of K students on the same N samples, all in [0, 1].
 
     `logits`: K tensors (N, C); `labels`: (N,) class numbers. Keys: `student_<k>_accuracy`, `student_<k>_top5` (only
-    with more than five classes), `mean_accuracy` (mean of the students'), `ensemble_accuracy` (mean of logits) and
-    `ensemble_prob_accuracy` (mean of softmax probabilities).
+    with more than five classes), `mean_accuracy` (mean of the students') and, for two students or more,
+    `ensemble_accuracy` (mean of logits) and `ensemble_prob_accuracy` (mean of softmax probabilities).
 
     Raises:
         InputError: no student, no sample, or shapes that do not agree.
@@ -56,8 +56,9 @@ def cohort_metrics(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
         metrics[f"student_{k}_accuracy"] = accuracy(student, labels)
         if student.shape[-1] > TOP_K:
             metrics[f"student_{k}_top5"] = top_k_accuracy(student, labels)
-    mean_logits, mean_probabilities = ensemble_scores(logits)
     metrics["mean_accuracy"] = sum(metrics[f"student_{k}_accuracy"] for k in range(len(logits))) / len(logits)
-    metrics["ensemble_accuracy"] = accuracy(mean_logits, labels)
-    metrics["ensemble_prob_accuracy"] = accuracy(mean_probabilities, labels)
+    if len(logits) > 1:
+        mean_logits, mean_probabilities = ensemble_scores(logits)
+        metrics["ensemble_accuracy"] = accuracy(mean_logits, labels)
+        metrics["ensemble_prob_accuracy"] = accuracy(mean_probabilities, labels)
     return metrics

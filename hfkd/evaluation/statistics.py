@@ -1,4 +1,4 @@
-"""Standard errors, paired differences, and what they say in words."""
+"""Standard errors, confidence intervals, paired differences, and what they say in words."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student_t
 
 from hfkd.errors import InputError
+
+
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,18 @@ class Estimate:
     n: int
 
     @property
-    def within_error(self) -> bool:
-        """Whether the value is no further from zero than its standard error. False without a standard error."""
-        return abs(self.value) <= self.standard_error
+    def margin(self) -> float:
+        """Half the width of the 95 % confidence interval, nan without a standard error.
+
+        By Student's t with n - 1 degrees of freedom: 4.30 standard errors of three seeds, 2.78 of five, 1.96 of many
+        images.
+        """
+        return float(student_t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.standard_error if self.n > 1 else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval."""
+        return self.value - self.margin, self.value + self.margin
 
 
 def proportion(share: float, n: int) -> Estimate:
@@ -70,15 +83,13 @@ def describe_difference(difference: Estimate, a: str, b: str) -> str:
 
     `difference` is a's share minus b's, as a fraction.
     """
-    points, error = 100 * abs(difference.value), 100 * difference.standard_error
     if difference.value == 0:
         return f"{a} and {b} are level."
     ahead, behind = (a, b) if difference.value > 0 else (b, a)
-    lead = f"{ahead} is {points:.2f} points above {behind}"
-    if math.isnan(error):
+    lead = f"{ahead} is {100 * abs(difference.value):.2f} points above {behind}"
+    if math.isnan(difference.margin):
         return f"{lead}; one seed gives no standard error, so this may be chance."
-    if difference.within_error:
-        return f"{lead}, which lies within its standard error of {error:.2f}: no difference is shown."
-    if points <= 2 * error:
-        return f"{lead}, between one and two standard errors ({error:.2f}) from zero: a hint, not proof."
-    return f"{lead}, more than two standard errors ({error:.2f}) from zero."
+    margin = f"± {100 * difference.margin:.2f} at 95 % confidence"
+    if abs(difference.value) <= difference.margin:
+        return f"{lead}, {margin}: no difference is shown."
+    return f"{lead}, {margin}."

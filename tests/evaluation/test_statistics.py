@@ -55,12 +55,27 @@ def test_two_classifiers_on_the_same_images():
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        (Estimate(0.004, 0.006, 3), "AFD is 0.40 points above vanilla, which lies within its standard error of 0.60"),
-        (Estimate(-0.01, 0.006, 3), "vanilla is 1.00 points above AFD, between one and two standard errors"),
-        (Estimate(0.02, 0.006, 3), "AFD is 2.00 points above vanilla, more than two standard errors"),
+        (
+            Estimate(0.004, 0.006, 3),
+            "AFD is 0.40 points above vanilla, ± 2.58 at 95 % confidence: no difference is shown",
+        ),
+        (
+            Estimate(-0.02, 0.006, 3),
+            "vanilla is 2.00 points above AFD, ± 2.58 at 95 % confidence: no difference is shown",
+        ),
+        (Estimate(0.02, 0.006, 5), "AFD is 2.00 points above vanilla, ± 1.67 at 95 % confidence."),
         (Estimate(0.02, math.nan, 1), "one seed gives no standard error"),
         (Estimate(0.0, 0.006, 3), "AFD and vanilla are level."),
     ],
 )
 def test_differences_in_words(difference, words):
     assert words in describe_difference(difference, "AFD", "vanilla")
+
+
+@pytest.mark.parametrize(
+    ("n", "standard_errors"), [(2, 12.706), (3, 4.303), (5, 2.776), (10_000, 1.960), (1, math.nan)]
+)  # Student's t table
+def test_confidence_intervals_know_how_few_the_seeds_are(n, standard_errors):
+    estimate = Estimate(0.5, 0.01, n)
+    assert estimate.margin == pytest.approx(0.01 * standard_errors, rel=1e-3, nan_ok=True)
+    assert estimate.interval == pytest.approx((0.5 - estimate.margin, 0.5 + estimate.margin), nan_ok=True)

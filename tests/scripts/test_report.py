@@ -35,9 +35,9 @@ def make_rows(values=VALUES, **changes):
 def test_table_of_means_and_paired_differences():
     table = make_table(STUDY, make_rows()).splitlines()
     assert table[0] == "| arm | seeds | mean_accuracy (%) | minus vanilla | maps_0_1_l1 | minus vanilla |"
-    error, paired = 1 / math.sqrt(3), 1 / math.sqrt(3)
+    error, margin = 1 / math.sqrt(3), 4.302653 / math.sqrt(3)  # Student's t with two degrees of freedom
     assert table[2].startswith(f"| vanilla | 3 | 81.00 ± {error:.2f} | — | 0.4050 ± 0.0029 | — |")
-    assert table[3].startswith(f"| afd | 3 | 82.00 ± 0.58 | +1.00 ± {paired:.2f} |")
+    assert table[3].startswith(f"| afd | 3 | 82.00 ± 0.58 | +1.00 [{1 - margin:.2f}, +{1 + margin:.2f}] |")
 
 
 def test_only_the_study_s_own_rows_count():
@@ -64,7 +64,7 @@ def test_arms_have_their_own_seeds():
 
 def test_an_arm_without_a_metric_has_a_dash_there(tmp_path):
     rows = [row for row in make_rows() if row["arm"] == "vanilla" or row["metric"] == "mean_accuracy"]
-    assert make_table(STUDY, rows).splitlines()[3].endswith("| +1.00 ± 0.58 | — | — |")
+    assert make_table(STUDY, rows).splitlines()[3].endswith("| +1.00 [-1.48, +3.48] | — | — |")
     first = replace(STUDY, metrics=STUDY.metrics[::-1])
     table = make_table(first, rows).splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| vanilla", "| afd"]
@@ -80,7 +80,7 @@ def test_unknown_metric_suggests_the_nearest():
 
 def test_report_files_and_words(tmp_path):
     text = write_report(STUDY, make_rows(), tmp_path)
-    assert "afd is 1.00 points above vanilla, between one and two standard errors" in text
+    assert "afd is 1.00 points above vanilla, ± 2.48 at 95 % confidence: no difference is shown" in text
     assert "1597 test images" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -133,6 +133,6 @@ def test_orderings_of_a_paper_are_checked(tmp_path):
     study = replace(STUDY, arms={"vanilla": ARM, "logit-only": ARM, "afd": ARM}, orderings=orderings)
     rows = make_rows({"vanilla": [0.80, 0.81], "afd": [0.90, 0.912]})
     text = write_report(study, rows, tmp_path)
-    assert "- afd > vanilla: holds: +10.10 ± 0.10 points" in text
+    assert "- afd > vanilla: holds: +10.10 [+8.83, +11.37] points" in text
     assert "- vanilla ~ logit-only: not run yet" in text
     assert "The paper's orderings" not in write_report(STUDY, rows, tmp_path)

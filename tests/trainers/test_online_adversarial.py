@@ -68,7 +68,7 @@ def test_each_loss_reaches_its_own_networks_only(make_trainer):
     trainer = make_trainer(mixed_students())
     batch = one_batch(trainer)
     trainer.model.train()
-    features = trainer._features(batch["pixel_values"])
+    features = trainer.features(batch["pixel_values"])
     maps = trainer._maps(features)
     students, transfer = trainer.model.students, trainer.model.training_only["transfer"]
     discriminators = trainer.model.training_only["discriminators"]
@@ -90,7 +90,7 @@ def test_each_loss_reaches_its_own_networks_only(make_trainer):
 
 def test_transfer_layers_bring_unequal_maps_to_one_shape(make_trainer):
     trainer = make_trainer(mixed_students())
-    maps = trainer._maps(trainer._features(one_batch(trainer)["pixel_values"]))
+    maps = trainer._maps(trainer.features(one_batch(trainer)["pixel_values"]))
     assert len({f.shape for f in maps}) == 1
     assert [len(list(layer.parameters())) > 0 for layer in trainer.maps.transfer] == [False, False, True]
 
@@ -153,7 +153,7 @@ def test_generic_cycle_equals_a_hand_written_pair(make_trainer):
 
 def losses_of(trainer, batch):
     trainer.model.train()
-    features = trainer._features(batch["pixel_values"])
+    features = trainer.features(batch["pixel_values"])
     logit = trainer._logit_losses(features, batch["labels"])[0]
     maps = trainer._maps(features)
     return logit, trainer.maps.discriminator_losses(maps)[0], trainer.maps.extractor_losses(maps)
