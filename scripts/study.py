@@ -1,16 +1,14 @@
-"""`hfkd study FILE.yaml`: every arm with every seed, each run in a process of its own.
+"""`hfkd study FILE.yaml`: every arm with every seed, each run in a process and on a device of its own.
 
 A killed study goes on where it stopped: finished runs are in the results file, an unfinished one has checkpoints, and
 what protocols have measured of it lies in its folder.
 """
 
 import json
-import signal
-import subprocess
-import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from .parser import Parser
 from .report import describe_run, write_report
 from .results import COLUMNS, Row, append_csv, exclusive, read_csv, write_atomically
 from .study_file import Run, Study, read_study
+from .study_processes import Processes, Work, cuda_devices, in_turn
 from .study_protocols import is_measured, metrics_of
 from .train import RESULTS_FILE
 
@@ -43,13 +42,22 @@ def run(argv: list[str]) -> int:
     study = read_study(arguments.file)
     folder = arguments.output_dir or Path("runs") / study.name
     results = arguments.results or folder / "results.csv"
-    run_study(study, folder, results, run_in_process)
+    processes = Processes(cuda_devices())
+    run_study(study, folder, results, processes, processes.each)
     print(write_report(study, read_csv(results, COLUMNS), folder))
     return 0
 
 
-def run_study(study: Study, folder: Path, results: Path, runner: Runner) -> None:
+def run_study(
+    study: Study,
+    folder: Path,
+    results: Path,
+    runner: Runner,
+    each: Callable[[Work, Sequence[Run]], None] = in_turn,
+) -> None:
     """Finish all runs of `study` below `folder`/runs and append their rows to `results`.
+
+    `each` does the work for all runs, in turn or some at a time.
 
     Raises:
         InputError: a run that was started with other settings.
@@ -57,23 +65,32 @@ def run_study(study: Study, folder: Path, results: Path, runner: Runner) -> None
     """
     runs_folder = folder / "runs"
     runs_folder.mkdir(parents=True, exist_ok=True)
-    failures = []
+    failures: list[str] = []
     with exclusive(runs_folder) as lock:
         pending = _find_pending(study, runs_folder, results)
-        started = time.monotonic()
-        for number, item in enumerate(pending, start=1):
+        started, ended, counting = time.monotonic(), 0, threading.Lock()
+
+        def work(item: Run) -> None:
+            nonlocal ended
             run_folder = runs_folder / item.folder
             try:
                 _train(item, run_folder, runner, lock)
                 _measure(study, item, run_folder, runner, lock)
-                rows = _rows(study, item, run_folder)
-            except RunError as error:
-                failures.append(str(error))
-                print(f"[{number}/{len(pending)}] {item.arm}, seed {item.seed} failed: {error}", flush=True)
-                continue
-            append_csv(results, COLUMNS, rows, key=(*_IDENTITY, "metric"))
-            seconds = (time.monotonic() - started) / number * (len(pending) - number)
-            print(f"[{number}/{len(pending)}] {describe_run(item, rows, study.metrics[0], seconds)}", flush=True)
+                rows, error = _rows(study, item, run_folder), None
+                append_csv(results, COLUMNS, rows, key=(*_IDENTITY, "metric"))
+            except RunError as raised:
+                rows, error = [], str(raised)
+            with counting:
+                ended += 1
+                if error is not None:
+                    failures.append(error)
+                    line = f"{item.arm}, seed {item.seed} failed: {error}"
+                else:
+                    seconds = (time.monotonic() - started) / ended * (len(pending) - ended)
+                    line = describe_run(item, rows, study.metrics[0], seconds)
+                print(f"[{ended}/{len(pending)}] {line}", flush=True)
+
+        each(work, pending)
     if failures:
         raise RunError(f"{len(failures)} of {len(pending)} runs failed, the first: {failures[0]}")
 
@@ -143,28 +160,6 @@ def _check_settings(path: Path, of: str, options: Mapping[str, Any], item: Run) 
             f"arm {item.arm!r}, seed {item.seed} was started with {name}={before.get(name)!r}, and the study now says "
             f"{now.get(name)!r}: rename the arm or the study, or remove {path.parent} and its rows."
         )
-
-
-def run_in_process(arguments: list[str], item: Run, folder: Path, lock: int) -> None:
-    """Run `hfkd` in a child process; its output is appended to `log.txt` in the run's folder.
-
-    A signal to the study is handed on to the child, which saves and stops, before the study ends.
-    """
-    command = [sys.executable, "-m", "hfkd.scripts.cli", *arguments]
-    log_file = folder / "log.txt"
-    with log_file.open("ab") as log:
-        # A session of its own: Ctrl-C reaches it once, from here, and not twice.
-        child = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(lock,), start_new_session=True)
-        try:
-            code = child.wait()
-        except (KeyboardInterrupt, SystemExit) as stop:
-            child.send_signal(signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
-            child.wait()
-            raise
-    if code:
-        last = log_file.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        message = f"arm {item.arm!r}, seed {item.seed}: exit code {code}: {last} (see {log_file})"
-        raise InputError(message) if code == 2 else RunError(message)
 
 
 def _rows(study: Study, item: Run, folder: Path) -> list[Row]:

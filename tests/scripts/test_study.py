@@ -14,6 +14,7 @@ from hfkd.scripts import study as study_module
 from hfkd.scripts.results import COLUMNS, exclusive, read_csv
 from hfkd.scripts.study import run_study
 from hfkd.scripts.study_file import read_study
+from hfkd.scripts.study_processes import Processes, cuda_devices
 
 
 STUDY = {
@@ -186,35 +187,98 @@ def test_arms_go_over_settings_and_settings_over_the_recipe(tmp_path):
 CHILD = """
 import sys, time
 from pathlib import Path
-from hfkd.scripts import study
-from hfkd.scripts.study_file import read_study
+from hfkd.scripts import study, study_processes
 
 # In place of `hfkd train`: a child that notes its signal and takes a moment to save.
 child = '''
-import signal, sys, time
+import os, signal, sys, time
 def save(signum, frame):
-    time.sleep(0.2); open("saved", "w").write(str(signum)); sys.exit(128 + signum)
+    time.sleep(0.2); open("saved" + device, "w").write(str(signum)); sys.exit(128 + signum)
 signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, save)
-open("started", "w").close(); time.sleep(30)
+device = os.environ["CUDA_VISIBLE_DEVICES"]
+open("started" + device, "w").close(); time.sleep(30)
 '''
-original = study.subprocess.Popen
-study.subprocess.Popen = lambda command, **keywords: original([sys.executable, "-c", child], **keywords)
+study.cuda_devices = lambda: sys.argv[2].split(",")
+original = study_processes.subprocess.Popen
+study_processes.subprocess.Popen = lambda command, **keywords: original([sys.executable, "-c", child], **keywords)
 from hfkd.scripts.cli import main
 sys.exit(main(["study", sys.argv[1], "--output_dir", "out"]))
 """
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_run_which_saves_before_the_study_ends(tmp_path, signum):
+@pytest.mark.parametrize("devices", ["4", "4,7"])
+def test_a_signal_reaches_each_run_which_saves_before_the_study_ends(tmp_path, signum, devices):
+    """One run by itself sees all devices, of several each sees its own."""
     write(tmp_path)
-    command = [sys.executable, "-c", CHILD, "toy.yaml"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    names = devices.split(",")
+    command = [sys.executable, "-c", CHILD, "toy.yaml", devices]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "4"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not all((tmp_path / f"started{name}").exists() for name in names)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     if process.poll() is None:
         os.kill(process.pid, signum)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 128 + signum, error
-    assert (tmp_path / "saved").read_text() == str(int(signum))
+    assert {file.name: file.read_text() for file in tmp_path.glob("saved*")} == {
+        f"saved{name}": str(int(signum)) for name in names
+    }
     assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_runs_are_spread_over_the_devices(tmp_path, monkeypatch, capsys):
+    """Never two at a time on one, and every run is measured once."""
+    study, results = read_study(write(tmp_path)), tmp_path / "results.csv"
+    busy, most, finish = [], [], Runner()
+
+    class Child:
+        def __init__(self, command, env, **keywords):
+            self.device = env["CUDA_VISIBLE_DEVICES"]
+            assert self.device not in busy
+            busy.append(self.device)
+            most.append(len(busy))
+
+        def wait(self):
+            time.sleep(0.05)
+            busy.remove(self.device)
+            return 0
+
+    monkeypatch.setattr("hfkd.scripts.study_processes.subprocess.Popen", Child)
+    processes = Processes(["4", "7", "GPU-1"])
+
+    def runner(command, item, folder, lock):
+        processes(command, item, folder, lock)
+        finish(command, item, folder, lock)
+
+    run_study(study, tmp_path / "out", results, runner, processes.each)
+    assert max(most) == 3
+    assert {(row["arm"], row["seed"]) for row in read_csv(results, COLUMNS)} == {
+        (run.arm, str(run.seed)) for run in study.runs()
+    }
+    assert "[6/6]" in capsys.readouterr().out
+
+
+def test_bad_input_of_a_run_ends_the_study_when_the_others_are_done(tmp_path):
+    study, results = read_study(write(tmp_path)), tmp_path / "results.csv"
+    processes = Processes(["0", "1"])
+    with pytest.raises(InputError, match="no such data"):
+        run_study(study, tmp_path / "out", results, Runner(1, InputError("no such data")), processes.each)
+    assert 3 <= len(read_csv(results, COLUMNS)) <= 5 * 3
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [(None, 2, ["0", "1"]), ("3,GPU-5", 2, ["3", "GPU-5"]), ("", 0, []), (None, 0, [])],
+)
+def test_devices_have_the_names_that_this_process_sees(monkeypatch, visible, count, names):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cuda_devices() == names

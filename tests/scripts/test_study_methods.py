@@ -169,7 +169,7 @@ def test_runs_are_trained_by_their_method_and_measured_by_each_protocol(tmp_path
         ("linear_probe_accuracy", "0.7", "90"),
     ]
     text = write_report(study, read_csv(results, COLUMNS), tmp_path)
-    assert "| simsiam | 2 | 65.00 ± 5.00 | +0.00 ± 0.00 | 50.00 ± 0.00 | +0.00 ± 0.00 |" in text
+    assert "| simsiam | 2 | 65.00 ± 5.00 | +0.00 [+0.00, +0.00] | 50.00 ± 0.00 | +0.00 [+0.00, +0.00] |" in text
     again = Runner()
     run_study(study, tmp_path / "out", results, again)
     assert again.commands == []
