@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,35 @@ from .curve import plot_history
 from .data import HUB_METRICS, CardData, Method, Parent, Picture
 from .encoder_usage import encoder_usage
 from .generator_usage import generator_usage
+from .markdown import bullet_list, code_block, table
+from .teacher_report import teacher_report
 
 
 logger = logging.getLogger(__name__)
 
 CURVE_FILE = "curve.png"
+REPORT_FILE = "teacher_report.json"
 TASK = Method.task
 GENERATION = "unconditional-image-generation"
 
 
 def write_card(data: CardData, folder: Path | str) -> Path:
-    """Write README.md, and the training curve as a picture beside it, into `folder`. Returns the card's path.
+    """Write README.md, and beside it the training curve as a picture and the teacher report as JSON, into `folder`.
+
+    Returns the card's path.
 
     A section that fails is left out with a warning.
 
     Raises:
-        OSError: the card itself cannot be written.
+        OSError: the card itself, or the report beside it, cannot be written.
     """
     folder = Path(folder)
     curve = _guarded("curve", lambda: plot_history(data.log_history, folder / CURVE_FILE))
     if curve is not None:
         drawn = Picture(CURVE_FILE, "Training curves")
         data = dataclasses.replace(data, pictures=(drawn, *data.pictures))
+    if data.teacher_report is not None:
+        data.teacher_report.save(folder / REPORT_FILE)
     card = folder / "README.md"
     render_card(data).save(card)
     return card
@@ -75,11 +82,12 @@ def _templates() -> jinja2.Environment:
 def _metadata(data: CardData) -> ModelCardData:
     base_models = [parent.hub_id for parent in data.parents if parent.hub_id]
     results = _eval_results(data)
+    arxiv = [f"arxiv:{data.method.arxiv_id}"] if data.method.arxiv_id else []
     return ModelCardData(
         license=data.license,
         library_name="transformers",
         pipeline_tag=data.method.task,
-        tags=list(dict.fromkeys([*data.method.tags, data.method.task, "vision", f"arxiv:{data.method.arxiv_id}"])),
+        tags=list(dict.fromkeys([*data.method.tags, data.method.task, "vision", *arxiv])),
         base_model=list(dict.fromkeys(base_models)) or None,
         datasets=[data.data.hub_id] if data.data and data.data.hub_id else None,
         metrics=_hub_metrics(data) or None,
@@ -124,7 +132,7 @@ def _summary(data: CardData) -> str:
     elif data.method.task != TASK:
         what = "An image encoder, trained without labels"
     where = f" on {_linked_data(data)}" if data.data else ""
-    method = f"[{data.method.name}](https://arxiv.org/abs/{data.method.arxiv_id})"
+    method = f"[{data.method.name}]({data.method.link})"
     return f"{what}{where} with {method}, by `hfkd`."
 
 
@@ -142,7 +150,7 @@ def _networks(data: CardData) -> str:
         root = "student 0" if cohort else "model"
         name, place = (folder.replace("_", " "), f"`{folder}`") if folder else (root, "root")
         rows.append((name, student.description, f"{student.parameters:,}", place))
-    return _table(("", "Network", "Parameters", "Folder"), rows)
+    return table(("", "Network", "Parameters", "Folder"), rows)
 
 
 def _usage(data: CardData) -> str:
@@ -161,14 +169,14 @@ def _usage(data: CardData) -> str:
         f"processor = AutoImageProcessor.from_pretrained(repo{revision})",
         f"model = AutoModelForImageClassification.from_pretrained(repo{revision}{consent})",
     ]
-    text = _code("python", "\n".join(lines))
+    text = code_block("python", "\n".join(lines))
     if consent:
         text = "The model's code comes with its weights; `hfkd` need not be installed.\n\n" + text
     if len(data.students) > 1:
         folders = ", ".join(f"`student_{k}`" for k in range(1, len(data.students)))
         peer = 'model_kwargs={"subfolder": "student_1"}'
         call = f'peer = pipeline("{TASK}", model=repo{revision}, {peer}{consent})'
-        text += f"\n\nThe repo's root is student 0. Its peers lie in {folders}:\n\n" + _code("python", call)
+        text += f"\n\nThe repo's root is student 0. Its peers lie in {folders}:\n\n" + code_block("python", call)
     return text
 
 
@@ -187,7 +195,7 @@ def _results(data: CardData) -> str:
         drawn = data.method.task == GENERATION and not data.has_discriminator
         where = "fixed draws" if drawn else f"the {split} split"
         title = f"On {where}" + (f" ({size:,} images):" if size else ":")
-        tables.append(f"{title}\n\n{_table(('', *metrics), rows)}")
+        tables.append(f"{title}\n\n{table(('', *metrics), rows)}")
     return "\n\n".join(tables)
 
 
@@ -203,7 +211,7 @@ def _data(data: CardData) -> str:
 
 
 def _parents(data: CardData) -> str:
-    return _list(f"{parent.role.capitalize()}: {_parent(parent)}" for parent in data.parents)
+    return bullet_list(f"{parent.role.capitalize()}: {_parent(parent)}" for parent in data.parents)
 
 
 def _parent(parent: Parent) -> str:
@@ -217,7 +225,7 @@ def _hyperparameters(data: CardData) -> str:
     if not data.hyperparameters:
         return ""
     rows = ((f"`{name}`", f"`{value}`") for name, value in data.hyperparameters.items())
-    return f"{data.settings_title}:\n\n{_table(('Setting', 'Value'), rows)}"
+    return f"{data.settings_title}:\n\n{table(('Setting', 'Value'), rows)}"
 
 
 def _environment(data: CardData) -> str:
@@ -226,13 +234,14 @@ def _environment(data: CardData) -> str:
         facts.append(f"Training time: {_duration(data.wall_time_s)}")
     if data.environment:
         facts += [f"Hardware: {hardware_line(data.environment)}", f"Versions: {versions_line(data.environment)}"]
-    text = _list(facts)
-    return text + (f"\n\nTo repeat the run:\n\n{_code('bash', data.command)}" if data.command else "")
+    text = bullet_list(facts)
+    return text + (f"\n\nTo repeat the run:\n\n{code_block('bash', data.command)}" if data.command else "")
 
 
 def _citation(data: CardData) -> str:
-    paper = f"{data.method.paper_title}, arXiv [{data.method.arxiv_id}](https://arxiv.org/abs/{data.method.arxiv_id})"
-    return f"{paper}:\n\n{_code('bibtex', data.method.citation)}"
+    method = data.method
+    place = f"arXiv [{method.arxiv_id}]({method.link})" if method.arxiv_id else f"[{method.link}]({method.link})"
+    return f"{method.paper_title}, {place}:\n\n{code_block('bibtex', data.method.citation)}"
 
 
 SECTIONS: Mapping[str, Callable[[CardData], str]] = {
@@ -241,6 +250,7 @@ SECTIONS: Mapping[str, Callable[[CardData], str]] = {
     "networks": _networks,
     "usage": _usage,
     "results": _results,
+    "teacher_report": teacher_report,
     "pictures": _pictures,
     "data": _data,
     "parents": _parents,
@@ -254,17 +264,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _code(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
-
-
-def _list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = tuple(header)
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

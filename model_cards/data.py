@@ -11,17 +11,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hfkd.evaluation.teacher_report import TeacherReport
 from hfkd.hub.manifest import file_sha256
 from hfkd.hub.publish import is_repo_id
 from hfkd.models import code_files
 from hfkd.models.backbone import feature_attribute
 
 
-_METRIC_KEY = re.compile(r"(?:eval_|test_)?(student_\d+|mean|ensemble_prob|ensemble)_(\w+)")
+_METRIC_KEY = re.compile(
+    r"(?:eval_|test_)?(student_\d+|mean|ensemble_prob|gated_ensemble|peer_ensemble|ensemble|fused)_(\w+)"
+)
 _SUBJECTS = {
     "mean": "Mean of the students",
     "ensemble": "Ensemble (mean of logits)",
     "ensemble_prob": "Ensemble (mean of probabilities)",
+    "gated_ensemble": "Ensemble by the gate",
+    "peer_ensemble": "Peer ensemble",
+    "fused": "Fused classifier",
 }
 # Name in the trainer's metrics -> metric id in the model-index, and its name in tables.
 _METRICS = {
@@ -61,7 +67,10 @@ _NOT_HYPERPARAMETERS = re.compile(
 
 @dataclass(frozen=True)
 class Method:
-    """The facts of a method, as its trainer class states them. `template` is a file of this folder."""
+    """The facts of a method, as its trainer class states them. `template` is a file of this folder.
+
+    `arxiv_id` is empty for a paper that is not there, which has a `paper_url` instead.
+    """
 
     name: str
     paper_title: str
@@ -70,17 +79,25 @@ class Method:
     tags: tuple[str, ...]
     template: str
     task: str = "image-classification"
+    paper_url: str = ""
 
     @classmethod
     def of(cls, trainer: Any) -> "Method":
         """From a trainer or its class: `_name`, `_paper` (title, id, citation), `_tag_names`, `_template_file`.
+
+        A `_paper` without an arXiv id has a `url`.
 
         `_task`, where there is one, is the Hub's name of what student 0 does.
         """
         paper = trainer._paper
         tags = tuple(trainer._tag_names)
         facts = (trainer._name, paper["title"], paper["id"], paper["citation"], tags, trainer._template_file)
-        return cls(*facts, task=getattr(trainer, "_task", cls.task))
+        return cls(*facts, task=getattr(trainer, "_task", cls.task), paper_url=paper.get("url", ""))
+
+    @property
+    def link(self) -> str:
+        """Where the paper can be read."""
+        return self.paper_url or f"https://arxiv.org/abs/{self.arxiv_id}"
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,7 @@ class CardData:
         data: what it was trained and measured on.
         license: a licence identifier of the Hub.
         measurements: the numbers, in the order of the table.
+        teacher_report: students against their teachers, where there are any.
         hyperparameters: settings that differ from the defaults, see `changed_settings`.
         settings_title: what the table of them is called.
         log_history: `trainer.state.log_history`, from which `write_card` draws the curves.
@@ -187,6 +205,7 @@ class CardData:
     data: DataUsed | None = None
     license: str | None = None
     measurements: tuple[Measurement, ...] = ()
+    teacher_report: TeacherReport | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     settings_title: str = "Settings that differ from the defaults"
     log_history: tuple[Mapping[str, Any], ...] = ()

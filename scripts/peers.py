@@ -5,7 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hfkd.data import DataArguments
+from hfkd.trainers.ffl import FflTrainer
+from hfkd.trainers.kdcl import KdclTrainer
 from hfkd.trainers.mutual_learning import MutualLearningTrainer
+from hfkd.trainers.one import OneTrainer
+from hfkd.trainers.pcl import PclTrainer
 from hfkd.trainers.supervised import SupervisedTrainer
 
 from .cohort import CohortParts, StudentsArguments
@@ -34,3 +38,7 @@ def _builder(trainer: Callable[..., Any]) -> Callable[[Any, DataArguments, Stude
 
 build_supervised = _builder(SupervisedTrainer)
 build_mutual_learning = _builder(MutualLearningTrainer)
+build_kdcl = _builder(KdclTrainer)
+build_one = _builder(OneTrainer)
+build_pcl = _builder(PclTrainer)
+build_ffl = _builder(FflTrainer)

@@ -13,7 +13,8 @@ from hfkd.models.activation_cut import ActivationCut
 
 from .base import DistillationTrainer
 from .config import DistillationConfig
-from .distributed import broadcast_state, failing_together
+from .distributed import broadcast_state
+from .shared_store import shared_store
 
 
 @dataclass
@@ -73,16 +74,15 @@ class CachedActivations(DistillationTrainer):
             with self.autocast():
                 return cut.below(self._materialise(images.source, dict(inputs))["pixel_values"])
 
-        with failing_together("filling activation_cache_dir"):
-            if self.is_world_process_zero():
-                images.cache = open_activation_cache(
-                    folder,
-                    images.source,
-                    encode,
-                    {**cut.identity(), "precision": str(self.args.mixed_precision)},
-                    batch_size=self.args.eval_batch_size,
-                    workers=self.args.dataloader_num_workers,
-                )
-        with failing_together("opening activation_cache_dir"):
-            if not self.is_world_process_zero():
-                images.cache = ActivationCache(folder)
+        def fill() -> ActivationCache:
+            return open_activation_cache(
+                folder,
+                images.source,
+                encode,
+                {**cut.identity(), "precision": str(self.args.mixed_precision)},
+                batch_size=self.args.eval_batch_size,
+                workers=self.args.dataloader_num_workers,
+            )
+
+        first = self.is_world_process_zero()
+        images.cache = shared_store(ActivationCache.setting, first, fill, lambda: ActivationCache(folder))

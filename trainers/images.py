@@ -1,6 +1,6 @@
 """The data of a run: image sources, loaders whose order is a function of (seed, epoch), batches on the device."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import torch
@@ -29,7 +29,7 @@ class ImageLoading(Trainer):
 
     args: DistillationConfig
     model: TrainingNetworks
-    views: ClassVar[int] = 1  # differently augmented versions of each training image
+    views: int = 1  # differently augmented versions of each training image
     data_seed: int
     preprocessing: Preprocessing
 

@@ -2,15 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import Trainer
 from transformers.utils import logging
 
 from hfkd.errors import InputError, RunError
+from hfkd.evaluation.teacher_report import TeacherReport, teacher_report
 from hfkd.hub.hardware import environment_report
 from hfkd.hub.publish import check_target, push_failure, push_folder
 from hfkd.model_cards import (
@@ -32,6 +33,7 @@ from .networks import TrainingNetworks
 
 logger = logging.get_logger(__name__)
 
+T = TypeVar("T")
 RUN_FILE = "run.yaml"  # the resolved options, which the command saves beside the weights
 
 
@@ -49,6 +51,7 @@ class Publishing(Trainer):
     # By split: metrics of the weights as they are, and `images`, how many there were.
     measured: dict[str, dict[str, float]]
     _started: float | None = None  # when this process began to train; None for a resumed run
+    _reported: tuple[Any, TeacherReport | None] | None = None  # what a teacher report is of, and the report
     _push: "Future[Any] | None" = None
     _revision: str | None = None  # that of a push under way which goes elsewhere than the Config's
 
@@ -90,6 +93,7 @@ class Publishing(Trainer):
             data=self._data_used(),
             license=args.license,
             measurements=tuple(m for split, found in self.measured.items() for m in measurements_of(found, split)),
+            teacher_report=self._teacher_report(),
             hyperparameters=self.card_settings(),
             log_history=tuple(self.state.log_history),
             pictures=self._pictures(Path(folder)),
@@ -106,14 +110,23 @@ class Publishing(Trainer):
         return iter(())
 
     def _pictures(self, folder: Path) -> tuple[Picture, ...]:
-        """The method's own pictures; like a section of the card, they are left out where they fail."""
-        try:
-            return tuple(self.draw_pictures(folder))
-        except OSError:
-            raise  # no room, no permission: the card that follows would meet it too
-        except Exception as error:
-            logger.warning(f"model card: pictures are left out ({type(error).__name__}: {error})")
-            return ()
+        return _left_out_if_failing("pictures are", lambda: tuple(self.draw_pictures(folder))) or ()
+
+    def _teacher_report(self) -> TeacherReport | None:
+        """Students against their teachers, on what was evaluated last; measured once, when training has ended."""
+        source = getattr(self.callback_handler.eval_dataloader, "dataset", None)
+        classifies = getattr(self, "_task", Method.task) == Method.task
+        if self.is_in_train or not classifies or not self.model.frozen() or getattr(source, "labels", None) is None:
+            return None
+        measured_on = (self.state.global_step, source)
+        if self._reported is None or self._reported[0] != measured_on:
+            self._reported = measured_on, _left_out_if_failing("the teacher report is", lambda: self._compare(source))
+        return self._reported[1]
+
+    def _compare(self, source: Any) -> TeacherReport:
+        with self.accelerator.autocast():
+            students, teachers = list(self.model.students), self.model.frozen()
+            return teacher_report(students, teachers, source, batch_size=self.args.per_device_eval_batch_size)
 
     def card_settings(self) -> dict[str, Any]:
         """The settings that a card tells: those that differ from the defaults."""
@@ -233,3 +246,14 @@ class Publishing(Trainer):
     def _repo_id(self) -> str:
         assert self.hub_model_id is not None  # set by init_hf_repo
         return self.hub_model_id
+
+
+def _left_out_if_failing(what: str, part: Callable[[], T]) -> T | None:
+    """A part of the card; like a section of it, it is left out where it fails."""
+    try:
+        return part()
+    except OSError:
+        raise  # no room, no permission: the card that follows would meet it too
+    except Exception as error:
+        logger.warning(f"model card: {what} left out ({type(error).__name__}: {error})")
+        return None
