@@ -86,6 +86,15 @@ METHODS = {
             metrics=("mean_accuracy",),
         ),
         Method(
+            stem="distillation",
+            summary="Offline distillation: a student learns from labels and trained teachers, by losses of your choice",
+            config="hfkd.trainers.distillation:OfflineDistillationConfig",
+            setup="hfkd.scripts.distillation:OfflineDistillationArguments",
+            build="hfkd.scripts.distillation:build",
+            benchmark="hfkd.scripts.benchmark_distillation:benchmark",
+            metrics=("mean_accuracy",),
+        ),
+        Method(
             stem="mutual_learning",
             summary="DML: students that learn from the labels and from each other's predictions",
             config="hfkd.trainers.mutual_learning:MutualLearningConfig",

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from hfkd.evaluation.statistics import proportion
 
 
+# Two that rank classes differently.
+_ENSEMBLES = {"ensemble_accuracy": "ensemble_of_logits", "ensemble_prob_accuracy": "ensemble_of_probabilities"}
+
+
 def percent(share: float, n: int) -> str:
     """`97.31 ± 0.40 %`: a share of n images with its standard error."""
     estimate = proportion(share, n)
@@ -16,8 +20,7 @@ def accuracy_rows(metrics: Mapping[str, float], n: int) -> dict[str, str]:
     rows = {}
     for name, value in metrics.items():
         if name.endswith(("accuracy", "top5")) and not name.startswith("discriminator"):
-            label = name.replace("ensemble_prob_accuracy", "ensemble_of_probabilities")
-            label = label.replace("ensemble_accuracy", "ensemble_of_logits").replace("_accuracy", "")
+            label = _ENSEMBLES.get(name, name.replace("_accuracy", ""))
             # The students of a mean were measured on the same images: a proportion's error is not its own.
             text = f"{100 * value:.2f} %" if label == "mean" else percent(value, n)
             rows[label.replace("_", " ").replace("top5", "top-5")] = text

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,10 +23,10 @@ class FrozenTeacher(nn.Module):
 
     Args:
         model: any model.
-        renormalize: maps the students' pixel values to the teacher's; None where they agree.
+        renormalize: maps the students' pixel values to the teacher's, see `teacher_input`; None where they agree.
     """
 
-    def __init__(self, model: nn.Module, renormalize: "Renormalize | None" = None) -> None:
+    def __init__(self, model: nn.Module, renormalize: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.renormalize = renormalize or nn.Identity()
@@ -77,6 +78,31 @@ class Renormalize(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return pixel_values * self.scale.to(pixel_values.dtype) + self.shift.to(pixel_values.dtype)
+
+
+class Resize(nn.Module):
+    """Bilinear interpolation (averaging where it makes smaller) of pixel values (N, C, H, W) to (N, C, side, side)."""
+
+    side: Tensor
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.size = (side, side)
+        self.register_buffer("side", torch.tensor(side))  # part of a fingerprint
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return F.interpolate(pixel_values, self.size, mode="bilinear", antialias=True)
+
+
+def teacher_input(students: Preprocessing, processor: Any, image_size: int | None = None) -> nn.Module | None:
+    """From the students' pixel values to those of a teacher with this processor; None where they agree.
+
+    Statistics are the processor's, where there is one; the size is changed to `image_size` and never unasked.
+    """
+    renormalize = Renormalize.for_teacher(students, processor)
+    if image_size is None or image_size == students.image_size:
+        return renormalize
+    return nn.Sequential(*([] if renormalize is None else [renormalize]), Resize(image_size))
 
 
 class TrainingNetworks(nn.Module):

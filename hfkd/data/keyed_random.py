@@ -22,6 +22,7 @@ NOISE_STREAM = -5
 MIXING_STREAM = -6
 REAL_AUGMENTATION_STREAM = -7
 FAKE_AUGMENTATION_STREAM = -8
+CONTRAST_STREAM = -9
 # Takes the place of the epoch, or of the update, in the key of what evaluation draws.
 EVALUATION = -1
 

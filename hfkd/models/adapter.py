@@ -227,12 +227,17 @@ def find_top_blocks(model: PreTrainedModel, k: int) -> list[tuple[str, nn.Module
     Raises:
         InputError: `k` is below 1 or above the number of blocks.
     """
-    backbone = _find_backbone(model)
-    prefix = next(name for name, module in model.named_modules() if module is backbone)
-    blocks = _find_blocks(prefix, backbone)
+    blocks = find_blocks(model)
     if not 1 <= k <= len(blocks):
         raise InputError(f"k={k} top blocks of {type(model).__name__}: use 1 to {len(blocks)}")
     return blocks[-k:]
+
+
+def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """All residual or transformer blocks, as (qualified name in the model, module), in execution order."""
+    backbone = _find_backbone(model)
+    prefix = next(name for name, module in model.named_modules() if module is backbone)
+    return _find_blocks(prefix, backbone)
 
 
 def _find_backbone(model: PreTrainedModel) -> nn.Module:
