@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hfkd.data import DataArguments, ImageSources, build_sources, load_image_datasets
-from hfkd.errors import InputError
-from hfkd.models import STUDENT_PRESETS, build_student
+from hfkd.models import build_student
 from hfkd.trainers.cohort import CohortConfig, CohortTrainer
 from hfkd.trainers.online_adversarial import OnlineAdversarialConfig, OnlineAdversarialTrainer
 
 from .job import Job
+from .teachers import load_teacher, teacher_processor
 
 
 @dataclass
@@ -87,36 +87,9 @@ class CohortParts:
 def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort: CohortArguments) -> Job:
     """AFD's trainer. Raises `InputError` for anything that does not fit."""
     parts = CohortParts.load(config, data_arguments, cohort)
-    trainer = OnlineAdversarialTrainer(
-        parts.students,
-        teacher=_build_teacher(cohort, parts.networks),
-        teacher_processing_class=_teacher_processor(cohort),
-        **parts.common,
-    )
-    return parts.job(trainer)
-
-
-def _build_teacher(cohort: CohortArguments, networks: dict[str, Any]) -> PreTrainedModel | None:
-    if cohort.teacher is None:
-        return None
-    if cohort.teacher in STUDENT_PRESETS:
-        raise InputError(f"teacher {cohort.teacher!r} is a preset with fresh weights: give a trained checkpoint")
-    teacher = build_student(cohort.teacher, **networks)
-    # A head for other classes would have been replaced by a fresh one, which has nothing to teach.
-    trained = AutoConfig.from_pretrained(cohort.teacher, trust_remote_code=cohort.trust_remote_code)
-    if trained.num_labels != teacher.config.num_labels:
-        raise InputError(
-            f"teacher {cohort.teacher!r} knows {trained.num_labels} classes and the data has "
-            f"{teacher.config.num_labels}: a teacher must have been trained on the same classes"
-        )
-    return teacher
-
-
-def _teacher_processor(cohort: CohortArguments) -> Any:
-    """The teacher's own image processor, as its statistics need not be the data's; None where it has none."""
-    if cohort.teacher is None:
-        return None
-    try:
-        return AutoImageProcessor.from_pretrained(cohort.teacher)
-    except OSError:
-        return None
+    teaching: dict[str, Any] = {}
+    if cohort.teacher is not None:
+        class_names = parts.networks["class_names"]
+        teaching["teacher"] = load_teacher(cohort.teacher, class_names, cohort.trust_remote_code)
+        teaching["teacher_processing_class"] = teacher_processor(cohort.teacher)
+    return parts.job(OnlineAdversarialTrainer(parts.students, **teaching, **parts.common))

@@ -87,7 +87,7 @@ METHODS = {
         ),
         Method(
             stem="distillation",
-            summary="Offline distillation: a student learns from labels and trained teachers, by losses of your choice",
+            summary="Offline distillation: a student learns from labels and trained teachers, by nine losses",
             config="hfkd.trainers.distillation:OfflineDistillationConfig",
             setup="hfkd.scripts.distillation:OfflineDistillationArguments",
             build="hfkd.scripts.distillation:build",

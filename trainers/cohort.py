@@ -15,10 +15,10 @@ from hfkd.models import ClassifierAdapter, ClassifierFeatures
 from hfkd.models.adapter import Tap
 from hfkd.models.feature_discriminator import Shape
 
-from .base import DistillationTrainer
 from .cohort_checks import check_batches, check_images, check_labels, check_networks
 from .config import DistillationConfig
 from .feature_maps import full_precision
+from .frozen_parents import FrozenParents
 from .images import preprocessing_of
 from .networks import FrozenTeacher, TrainingNetworks, teacher_input
 from .optimizers import build_main_optimizer, build_main_schedule
@@ -41,7 +41,7 @@ class CohortConfig(DistillationConfig):
     )
 
 
-class CohortTrainer(DistillationTrainer):
+class CohortTrainer(FrozenParents):
     """Trains classifiers that see the same images by one optimizer over all of them.
 
     A method defines `losses`, and `build_training_only` where something is trained beside the students.
@@ -63,6 +63,7 @@ class CohortTrainer(DistillationTrainer):
         InputError: for networks that do not fit each other or the data.
     """
 
+    parent_role = "teacher"
     least_students: ClassVar[int] = 2
     args: CohortConfig
 
@@ -132,6 +133,10 @@ class CohortTrainer(DistillationTrainer):
             batch: `pixel_values` (N, C, H, W), `labels` (N,), `index` (N,).
         """
         raise NotImplementedError
+
+    def fingerprints(self) -> list[str]:
+        """Of the teachers."""
+        return [teacher.fingerprint() for teacher in self.model.frozen()]
 
     # -- optimizers ----------------------------------------------------------------------------------------------
 

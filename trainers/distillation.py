@@ -29,7 +29,6 @@ from .config import check_range
 from .distillation_papers import PAPERS
 from .distillation_terms import LOSSES, Given, Seen, build_feature_terms
 from .feature_maps import full_precision
-from .frozen_parents import FrozenParents
 from .images import preprocessing_of
 
 
@@ -162,7 +161,7 @@ class OfflineDistillationConfig(CachedTeacherConfig):
         return dict(zip(self.loss, given, strict=True))
 
 
-class OfflineDistillationTrainer(FrozenParents, CachedTeacher):
+class OfflineDistillationTrainer(CachedTeacher):
     """Trains a student by labels and trained teachers.
 
     Losses on logits learn from the mean of the teachers' probabilities at T; losses on features are averaged over the
@@ -193,7 +192,6 @@ class OfflineDistillationTrainer(FrozenParents, CachedTeacher):
     _tag_names: ClassVar = ["hfkd", "knowledge-distillation", "offline-distillation"]
     _template_file = "distillation.md"
 
-    parent_role = "teacher"
     least_students = 1
     args: OfflineDistillationConfig
 
@@ -296,9 +294,6 @@ class OfflineDistillationTrainer(FrozenParents, CachedTeacher):
     def combination(self) -> str:
         alone = len(self.model.teachers) == 1
         return "one teacher" if alone else f"mean of probabilities at T={self.args.temperature:g}"
-
-    def fingerprints(self) -> list[str]:
-        return [teacher.fingerprint() for teacher in self.model.frozen()]
 
     # -- the card ------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ class FrozenParents(DistillationTrainer):
 
     def _save_training_state(self, folder: Path, generators: list[dict[str, Any]]) -> None:
         super()._save_training_state(folder, generators)
-        (folder / self._fingerprint_file).write_text(json.dumps(self.fingerprints()), encoding="utf-8")
+        if fingerprints := self.fingerprints():
+            (folder / self._fingerprint_file).write_text(json.dumps(fingerprints), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `Checkpointing`.
@@ -51,10 +52,10 @@ class FrozenParents(DistillationTrainer):
             InputError: also where the checkpoint is of a run with other parents.
         """
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / self._fingerprint_file
-        if not file.is_file():
+        file, found = Path(resume_from_checkpoint) / self._fingerprint_file, self.fingerprints()
+        if found and not file.is_file():
             raise InputError(f"{file} is missing: this checkpoint cannot be resumed, choose another one")
-        saved, found = json.loads(file.read_text(encoding="utf-8")), self.fingerprints()
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         if len(saved) != len(found):
             raise InputError(
                 f"{resume_from_checkpoint} was trained on {len(saved)} {self.parent_role}(s) and this run has "

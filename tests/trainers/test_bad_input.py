@@ -296,3 +296,23 @@ def test_generators_are_kept_only_for_maps(make_trainer, monkeypatch, settings, 
     monkeypatch.setattr(online_adversarial, "rng_state", lambda: calls.append(1) or state())
     make_trainer(max_steps=1, gradient_accumulation_steps=2, **settings).train()
     assert len(calls) == drawn
+
+
+def test_a_run_is_not_resumed_with_another_teacher(make_trainer, tmp_path):
+    def distil(teacher, folder):
+        return make_trainer(
+            [tiny_resnet(0)],
+            teacher=teacher,
+            output_dir=tmp_path / folder,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+        )
+
+    distil(tiny_resnet(8), "run").train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(InputError, match="teacher 0 is not the one that"):
+        distil(tiny_resnet(9), "other").train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(InputError, match=r"trained on 1 teacher\(s\) and this run has 0"):
+        make_trainer(output_dir=tmp_path / "none", max_steps=4).train(resume_from_checkpoint=checkpoint)
+    distil(tiny_resnet(8), "same").train(resume_from_checkpoint=checkpoint)

@@ -15,7 +15,7 @@ from hfkd.trainers.cohort import CohortConfig
 
 @pytest.fixture
 def run(tmp_path):
-    """run(method, **config) -> a trainer that has trained for two steps of four an epoch, with what it did in `seen`."""
+    """run(method, **config) -> a trainer that trained two steps of an epoch of four, with what it did in `seen`."""
 
     def make(method, output_dir="run", **config):
         trainer = tiny_trainer(method, tmp_path / output_dir, **({"max_steps": 2} | config))
