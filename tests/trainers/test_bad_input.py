@@ -301,7 +301,6 @@ def test_generators_are_kept_only_for_maps(make_trainer, monkeypatch, settings, 
 def test_a_run_is_not_resumed_with_another_teacher(make_trainer, tmp_path):
     def distil(teacher, folder):
         return make_trainer(
-            [tiny_resnet(0)],
             teacher=teacher,
             output_dir=tmp_path / folder,
             max_steps=4,
