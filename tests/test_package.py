@@ -140,7 +140,8 @@ def test_readme_shows_finished_studies_as_measured(path):
     from hfkd.scripts.study_file import read_study
 
     study = read_study(path)
-    rows = read_csv(ROOT / f"scripts/results/{study.method.stem}.csv", COLUMNS)
+    files = [ROOT / f"scripts/results/{stem}.csv" for stem in (study.method.stem, "comparison")]
+    rows = [row for file in files for row in read_csv(file, COLUMNS)]
     runs = {(row["arm"], int(row["seed"])) for row in rows if row["recipe"] == study.name}
     if len(runs) == len(list(study.runs())):
         assert make_table(study, rows) in README
