@@ -91,5 +91,5 @@ def build(config: OnlineAdversarialConfig, data_arguments: DataArguments, cohort
     if cohort.teacher is not None:
         class_names = parts.networks["class_names"]
         teaching["teacher"] = load_teacher(cohort.teacher, class_names, cohort.trust_remote_code)
-        teaching["teacher_processing_class"] = teacher_processor(cohort.teacher)
+        teaching["teacher_processing_class"] = teacher_processor(cohort.teacher, cohort.trust_remote_code)
     return parts.job(OnlineAdversarialTrainer(parts.students, **teaching, **parts.common))

@@ -42,7 +42,9 @@ def build(
     trainer = OfflineDistillationTrainer(
         parts.students[0],
         [load_teacher(name, class_names, arguments.trust_remote_code) for name in arguments.teachers],
-        teacher_processing_classes=[teacher_processor(name) for name in arguments.teachers],
+        teacher_processing_classes=[
+            teacher_processor(name, arguments.trust_remote_code) for name in arguments.teachers
+        ],
         **parts.common,
     )
     return parts.job(trainer)

@@ -42,9 +42,15 @@ def load_teacher(name: str, class_names: Sequence[str], trust_remote_code: bool 
     return teacher
 
 
-def teacher_processor(name: str) -> Any:
-    """The teacher's own image processor, as its statistics and size need not be the data's; None where it has none."""
+def teacher_processor(name: str, trust_remote_code: bool = False) -> Any:
+    """The teacher's own image processor, as its statistics and size need not be the data's; None where it has none.
+
+    Raises:
+        InputError: one that is damaged, or that only code of its repository makes, which is not trusted.
+    """
     try:
-        return AutoImageProcessor.from_pretrained(name)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError:
         return None
+    except (ImportError, ValueError) as error:
+        raise InputError(f"image processor of teacher {name!r} cannot be loaded: {one_line(error)}") from error

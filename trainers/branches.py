@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hfkd.errors import InputError
 from hfkd.evaluation.cohort import accuracy
 from hfkd.losses.online_adversarial import kl_rampup
 from hfkd.models import ClassifierFeatures
 from hfkd.models.shared_trunk import SharedTrunk
 
 from .cohort import CohortConfig, CohortTrainer
-from .config import check_range
+from .config import check_positive, check_range
 
 
 @dataclass
@@ -36,8 +35,7 @@ class BranchConfig(CohortConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} is out of range: it must be above 0")
+        check_positive("temperature", self.temperature)
         check_range("kl_rampup_epochs", self.kl_rampup_epochs, 0)
 
 

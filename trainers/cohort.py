@@ -15,12 +15,12 @@ from hfkd.models import ClassifierAdapter, ClassifierFeatures
 from hfkd.models.adapter import Tap
 from hfkd.models.feature_discriminator import Shape
 
-from .cohort_checks import check_batches, check_images, check_labels, check_networks
+from .cohort_checks import check_batches, check_images, check_labels, check_networks, check_teacher_sizes
 from .config import DistillationConfig
 from .feature_maps import full_precision
 from .frozen_parents import FrozenParents
 from .images import preprocessing_of
-from .networks import FrozenTeacher, TrainingNetworks, teacher_input
+from .networks import FrozenTeacher, TrainingNetworks, processor_of_each, teacher_input
 from .optimizers import build_main_optimizer, build_main_schedule
 
 
@@ -50,10 +50,11 @@ class CohortTrainer(FrozenParents):
         students: image classifiers of equal or different architecture, `least_students` or more without a teacher.
         args, train_dataset, eval_dataset, processing_class, augmentation, callbacks, dataset_name: as in
             `DistillationTrainer`.
-        teachers: trained classifiers, frozen.
+        teachers: trained classifiers of the students' classes, frozen.
         teacher_processing_classes: the image processor of each, or None for it; where the mean or standard deviation
             is not the students', pixel values are re-normalised for this teacher.
-        teacher_image_size: side of the images that the teachers see, where it is not the students'.
+        teacher_image_size: side of the images that the teachers see; by default the students', and teachers made for
+            another size are refused.
 
     Attributes:
         adapters: of the students, then of the teachers.
@@ -65,6 +66,8 @@ class CohortTrainer(FrozenParents):
 
     parent_role = "teacher"
     least_students: ClassVar[int] = 2
+    # What to do about a teacher that was made for images of {own} pixels, where the data has {given}.
+    teacher_size_mend: ClassVar[str] = "give a teacher made for {given}, or images of {own} pixels"
     args: CohortConfig
 
     def __init__(
@@ -87,11 +90,13 @@ class CohortTrainer(FrozenParents):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_labels(name, dataset, students[0].config.num_labels)
         preprocessing = preprocessing_of(train_dataset, processing_class, students[0].config)
+        processors = processor_of_each(teachers, teacher_processing_classes)
+        if teacher_image_size is None:
+            check_teacher_sizes(teachers, processors, preprocessing.image_size, self.teacher_size_mend)
         sides = [preprocessing.image_size] * len(students)
         sides += [teacher_image_size or preprocessing.image_size] * len(teachers)
         check_images(students, (), preprocessing)
         check_images((), teachers, replace(preprocessing, image_size=sides[-1]))
-        processors = [*teacher_processing_classes, *[None] * (len(teachers) - len(teacher_processing_classes))]
         frozen = [
             FrozenTeacher(teacher.to(dtype), teacher_input(preprocessing, processor, teacher_image_size))
             for teacher, processor in zip(teachers, processors, strict=True)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from hfkd.data import ImageColumns, ImageSource, Preprocessing, find_columns
 from hfkd.errors import InputError
-from hfkd.models.probing import image_errors, probe_pixels, undisturbed
+from hfkd.models.class_names import match_classes
+from hfkd.models.probing import as_height_width, image_errors, probe_pixels, undisturbed
 
 from .config import DistillationConfig
 
@@ -23,7 +24,7 @@ def check_networks(
 
     Raises:
         InputError: no list of models, fewer than `least_students` where no teacher is, shared weights, unequal
-            classes, or mixed or half precision.
+            classes, a teacher that has them by other names or in another order, or mixed or half precision.
     """
     if isinstance(students, nn.Module):
         raise InputError(f"students={type(students).__name__} is a single model: pass a list of students")
@@ -37,7 +38,18 @@ def check_networks(
     counts = [network.config.num_labels for network in networks.values()]
     if len(set(counts)) > 1:
         raise InputError(f"the networks have {counts} classes: all students and teachers need the same number")
+    _check_class_names(students[0], teachers)
     return common_precision(students)
+
+
+def _check_class_names(student: PreTrainedModel, teachers: Sequence[PreTrainedModel]) -> None:
+    names = [student.config.id2label[number] for number in sorted(student.config.id2label)]
+    for teacher in teachers:
+        if match_classes(teacher.config.id2label, names) is not None:
+            raise InputError(
+                f"a teacher ({type(teacher).__name__}) has the students' classes in another order: bring it to theirs "
+                "by hfkd.models.class_names.match_teacher"
+            )
 
 
 def check_is_model(name: str, network: object) -> None:
@@ -90,6 +102,33 @@ def check_images(
         pixels = probe_pixels(network, preprocessing.image_size, preprocessing.num_channels)
         with undisturbed(network), image_errors(network, pixels):
             network(pixel_values=pixels)
+
+
+def check_teacher_sizes(
+    teachers: Sequence[PreTrainedModel], processors: Sequence[Any], image_size: int, mend: str
+) -> None:
+    """Raise InputError where a teacher, by its processor or else its configuration, was made for another size.
+
+    A convolutional one would take the images, and see things at a scale that it has never seen.
+
+    Args:
+        teachers, processors: one processor, or None, for each teacher.
+        image_size: side of the images that the teachers are to see.
+        mend: the end of the message, in which {own} and {given} stand for the two sizes.
+    """
+    for teacher, processor in zip(teachers, processors, strict=True):
+        own: Any = getattr(teacher.config, "image_size", None)
+        if processor is not None:
+            own = Preprocessing.from_image_processor(processor).image_size
+        if own is None:
+            continue
+        height, width = as_height_width(own)
+        if (height, width) != (image_size, image_size):
+            own = height if height == width else f"{height}x{width}"
+            raise InputError(
+                f"a teacher ({type(teacher).__name__}) was made for images of {own} pixels and the data has "
+                f"{image_size}: {mend.format(own=own, given=image_size)}"
+            )
 
 
 def check_labels(name: str, dataset: Any, num_labels: int, *, several_labels: bool = False) -> None:

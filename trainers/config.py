@@ -234,6 +234,12 @@ def check_range(name: str, value: float, low: float, high: float | None = None, 
         raise InputError(f"{name}={value} is out of range: it must be at least {low}{upper}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise InputError unless value > 0."""
+    if not value > 0:
+        raise InputError(f"{name}={value} is out of range: it must be above 0")
+
+
 def check_milestones(name: str, milestones: list[float]) -> None:
     """Raise InputError unless all milestones are fractions of the run."""
     for milestone in milestones:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfkd.data import Augmentation, ImageSource, Preprocessing
+from hfkd.data import Augmentation, ImageSource
 from hfkd.data.columns import find_columns, read_labels
 from hfkd.errors import InputError
 from hfkd.losses.logit_distillation import joint_logits
@@ -25,7 +25,7 @@ from hfkd.models.tapped_adapter import TappedAdapter, TappedFeatures
 
 from .cached_teacher import CachedTeacher, CachedTeacherConfig
 from .cohort_checks import check_is_model
-from .config import check_range
+from .config import check_positive, check_range
 from .distillation_papers import PAPERS
 from .distillation_terms import LOSSES, Given, Seen, build_feature_terms
 from .feature_maps import full_precision
@@ -109,8 +109,8 @@ class OfflineDistillationConfig(CachedTeacherConfig):
             check_range(name, getattr(self, name), 1)
         check_range("crd_momentum", self.crd_momentum, 0, 1, high_open=True)
         for name in ("temperature", "crd_temperature", "kd_alpha", "teacher_image_size"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{name}={value} is out of range: it must be above 0")
+            if (value := getattr(self, name)) is not None:
+                check_positive(name, value)
         if self.kd_alpha is not None:
             check_range("kd_alpha", self.kd_alpha, 0, 1)
             self.refuse_changed(["ce_weight"], f"kd_alpha={self.kd_alpha}")
@@ -193,6 +193,9 @@ class OfflineDistillationTrainer(CachedTeacher):
     _template_file = "distillation.md"
 
     least_students = 1
+    teacher_size_mend = (
+        "set teacher_image_size={own} to have them resized for it, or {given} to leave them as they are"
+    )
     args: OfflineDistillationConfig
 
     def __init__(
@@ -214,12 +217,7 @@ class OfflineDistillationTrainer(CachedTeacher):
         check_is_model("student", student)
         if not teachers:
             raise InputError("teachers=[]: give one trained classifier or more, or train by method supervised")
-        processors = [*teacher_processing_classes, *[None] * (len(teachers) - len(teacher_processing_classes))]
         self._image_size = preprocessing_of(train_dataset, processing_class, student.config).image_size
-        for teacher, processor in zip(teachers, processors, strict=True):
-            check_is_model("a teacher", teacher)
-            if args.teacher_image_size is None:
-                _check_size(teacher, processor, self._image_size)
         self._training_images = train_dataset
         self.__dict__["_paper"] = PAPERS[args.loss[0]]  # what this run's card cites
         super().__init__(
@@ -232,7 +230,7 @@ class OfflineDistillationTrainer(CachedTeacher):
             callbacks=callbacks,
             dataset_name=dataset_name,
             teachers=teachers,
-            teacher_processing_classes=processors,
+            teacher_processing_classes=teacher_processing_classes,
             teacher_image_size=args.teacher_image_size,
         )
 
@@ -311,18 +309,6 @@ class OfflineDistillationTrainer(CachedTeacher):
                     found[f"layers of {name}, student - teacher{of}"] = pairs
         settings = super().card_settings()
         return found | {name: value for name, value in settings.items() if name not in ("loss", "loss_weights")}
-
-
-def _check_size(teacher: PreTrainedModel, processor: Any, image_size: int) -> None:
-    """Raise InputError where a teacher, by its processor or else its configuration, was made for another size."""
-    own: Any = getattr(teacher.config, "image_size", None)
-    if processor is not None:
-        own = Preprocessing.from_image_processor(processor).image_size
-    if isinstance(own, int) and own != image_size:
-        raise InputError(
-            f"a teacher ({type(teacher).__name__}) was made for images of {own} pixels and the data has {image_size}: "
-            f"set teacher_image_size={own} to have them resized for it, or {image_size} to leave them as they are"
-        )
 
 
 def _labels_of(dataset: Any) -> Tensor | None:

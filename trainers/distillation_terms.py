@@ -128,7 +128,17 @@ class HintTerm(FeatureTerm):
 
 
 class AttentionTerm(FeatureTerm):
-    """Attention transfer: the sum over the pairs of layers."""
+    """Attention transfer: the sum over the pairs of layers, of which one at least has several positions."""
+
+    def __init__(self, sides: Sides, args: "OfflineDistillationConfig") -> None:
+        super().__init__(sides, args)
+        # At a single position every map is as strong as it can be.
+        if all(min(own[1], other[1]) * min(own[2], other[2]) == 1 for own, other in sides.shapes):
+            pairs = ", ".join(f"{own} - {other}" for own, other in sides.pairs)
+            raise InputError(
+                f"loss=attention compares where maps are strong, and {pairs} have a single position: name layers "
+                "with more by student_layers and teacher_layers"
+            )
 
     def forward(self, given: Given, teacher: int) -> Tensor:
         return torch.stack([attention_transfer_loss(*pair) for pair in self.maps(given, teacher)]).sum()

@@ -36,7 +36,7 @@ from hfkd.models.generator import GeneratorPreTrainedModel
 
 from .base import DistillationTrainer
 from .cohort_checks import check_batches, common_precision
-from .config import DistillationConfig, check_milestones, check_range
+from .config import DistillationConfig, check_milestones, check_positive, check_range
 from .distributed import world_size
 from .encoder_checks import check_generator, check_symmetric
 from .feature_maps import full_precision
@@ -123,8 +123,7 @@ class GanConfig(DistillationConfig):
         for name in ("r1_interval", "ada_interval"):
             check_range(name, getattr(self, name), 1)
         check_range("ada_target", self.ada_target, -1, 1)
-        if not self.ada_images > 0:
-            raise InputError(f"ada_images={self.ada_images} is out of range: it must be above 0")
+        check_positive("ada_images", self.ada_images)
         if self.discriminator_learning_rate is not None:
             check_range("discriminator_learning_rate", self.discriminator_learning_rate, 0)
         check_milestones("discriminator_lr_milestones", self.discriminator_lr_milestones)

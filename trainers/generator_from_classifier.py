@@ -24,7 +24,7 @@ from hfkd.models.multiplier_network import learned_multipliers
 
 from .classifier_checks import check_class_counts, check_generator_and_classifiers
 from .cohort_checks import check_batches, common_precision
-from .config import check_range
+from .config import check_positive, check_range
 from .convergence import Convergence, ConvergenceConditions
 from .draws import DrawsOnlyConfig
 from .feature_maps import full_precision
@@ -168,8 +168,8 @@ class GeneratorFromClassifierConfig(DrawsOnlyConfig):
         for name in (*weights, "gate_sharpness", "warmup_updates"):
             check_range(name, getattr(self, name), 0)
         for name in ("margin_temperature", "margin_scale"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{name}={value} is out of range: it must be above 0")
+            if (value := getattr(self, name)) is not None:
+                check_positive(name, value)
         if self.multiplier_learning_rate is not None:
             check_range("multiplier_learning_rate", self.multiplier_learning_rate, 0)
         self._refuse_without_effect()

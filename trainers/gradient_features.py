@@ -27,7 +27,7 @@ from hfkd.losses.gradient_features import classification_loss
 
 from .cached_activations import CachedActivations, CachedActivationsConfig
 from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision, parts_of
-from .config import check_range
+from .config import check_positive, check_range
 from .distributed import broadcast_state, failing_together
 from .feature_maps import full_precision
 from .images import preprocessing_of
@@ -107,8 +107,7 @@ class GradientFeaturesConfig(CachedActivationsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("evaluation_crops", self.evaluation_crops, 1)
-        if not self.omega_weight_decay > 0:
-            raise InputError(f"omega_weight_decay={self.omega_weight_decay} is out of range: it must be above 0")
+        check_positive("omega_weight_decay", self.omega_weight_decay)
         if self.omega == "given":
             self.refuse_changed(("omega_weight_decay",), "omega=given")
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from hfkd.data import ImageSource
 from hfkd.errors import InputError
@@ -22,7 +23,7 @@ from hfkd.models import ClassifierFeatures
 from hfkd.models.probing import undisturbed
 
 from .cohort import CohortConfig
-from .config import check_range
+from .config import check_positive, check_range
 from .own_views import OwnViewsTrainer
 from .state import restore_rng_state, rng_state
 
@@ -49,8 +50,7 @@ class KdclConfig(CohortConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} is out of range: it must be above 0")
+        check_positive("temperature", self.temperature)
         check_range("kl_weight", self.kl_weight, 0)
         if self.kl_weight == 0:
             self.refuse_changed(("variant", "temperature"), "kl_weight=0")
@@ -143,6 +143,12 @@ class KdclTrainer(OwnViewsTrainer):
         return losses, parts
 
     # -- the general teacher's weights ---------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self._measures:
+            ensemble: Any = self.model.training_only["ensemble"]
+            ensemble.epoch.fill_(-1)  # that of a run before this; a checkpoint brings its own
+        return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that goes on within this epoch has measured them before.

@@ -19,7 +19,7 @@ from hfkd.losses.mutual_learning import mutual_kl
 from hfkd.models import ClassifierFeatures
 
 from .cohort import CohortConfig, CohortTrainer
-from .config import check_range
+from .config import check_positive, check_range
 from .feature_maps import full_precision
 from .networks import frozen_running_statistics
 from .optimizers import build_main_optimizer, build_main_schedule
@@ -41,9 +41,10 @@ class MutualLearningConfig(CohortConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} is out of range: it must be above 0")
+        check_positive("temperature", self.temperature)
         check_range("kl_weight", self.kl_weight, 0)
+        if self.kl_weight == 0:
+            self.refuse_changed(("temperature", "update"), "kl_weight=0")
         if self.update == "sequential" and self.gradient_accumulation_steps > 1:
             raise InputError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} with update=sequential: the second "

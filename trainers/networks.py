@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hfkd.data import Preprocessing
+from hfkd.errors import InputError
 from hfkd.hub.remote_code import cohort_folders
 
 
@@ -103,6 +104,19 @@ def teacher_input(students: Preprocessing, processor: Any, image_size: int | Non
     if image_size is None or image_size == students.image_size:
         return renormalize
     return nn.Sequential(*([] if renormalize is None else [renormalize]), Resize(image_size))
+
+
+def processor_of_each(teachers: Sequence[nn.Module], given: Sequence[Any]) -> list[Any]:
+    """The image processors in the order of the teachers, None for those that come after the last one given.
+
+    Raises:
+        InputError: no list, or more processors than teachers.
+    """
+    if not isinstance(given, Sequence):
+        raise InputError(f"teacher_processing_classes={type(given).__name__}: pass a list, one for each teacher")
+    if len(given) > len(teachers):
+        raise InputError(f"{len(given)} image processors for {len(teachers)} teacher(s): pass one for each, or None")
+    return [*given, *[None] * (len(teachers) - len(given))]
 
 
 class TrainingNetworks(nn.Module):

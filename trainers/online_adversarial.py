@@ -29,7 +29,7 @@ from hfkd.losses.online_adversarial import (
 from hfkd.models import ClassifierFeatures
 
 from .cohort import CohortConfig, CohortTrainer
-from .config import check_milestones, check_range
+from .config import check_milestones, check_positive, check_range
 from .feature_maps import FeatureMapTeaching
 from .networks import frozen_running_statistics
 from .optimizers import build_main_optimizer, build_main_schedule, milestone_schedule
@@ -132,8 +132,7 @@ class OnlineAdversarialConfig(CohortConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise InputError(f"temperature={self.temperature} is out of range: it must be above 0")
+        check_positive("temperature", self.temperature)
         for name in ("kl_weight", "kl_rampup_epochs", "feature_loss_weight", "feature_learning_rate"):
             check_range(name, getattr(self, name), 0)
         for name in ("feature_weight_decay", "feature_start_epoch"):

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from accelerate.utils import AutocastKwargs
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -124,7 +125,8 @@ class Publishing(Trainer):
         return self._reported[1]
 
     def _compare(self, source: Any) -> TeacherReport:
-        with self.accelerator.autocast():
+        # Without a cache of cast weights, which takes in those that are trained alone: teachers would look slower.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             students, teachers = list(self.model.students), self.model.frozen()
             return teacher_report(students, teachers, source, batch_size=self.args.per_device_eval_batch_size)
 

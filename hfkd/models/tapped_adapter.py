@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from hfkd.errors import InputError
 from hfkd.models.adapter import ClassifierAdapter, ClassifierFeatures, Tap, find_blocks
@@ -118,7 +119,7 @@ class TappedAdapter(ClassifierAdapter):
 
         def keeping(name: str) -> Any:
             def keep(module: nn.Module, args: Any, output: Any) -> None:
-                first = output if isinstance(output, Tensor) else output[0]
+                first = output[0] if isinstance(output, tuple | list | ModelOutput) and len(output) else output
                 if isinstance(first, Tensor):
                     seen[name] = first
 

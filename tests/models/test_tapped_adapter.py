@@ -105,3 +105,22 @@ def test_a_layer_without_part_in_the_forward_pass_is_refused():
     tapped.model.unused = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="'unused' of HfkdResNetForImageClassification takes no part"):
         tapped.tap_layers(["unused"], 32)
+
+
+class Named(torch.nn.Identity):
+    """Gives a tensor by its name."""
+
+    def forward(self, tensor):
+        return {"tensor": tensor}
+
+
+def test_a_layer_that_returns_no_tensor_is_refused():
+    tapped = adapter("hfkd_resnet")
+    named = tapped.model.base_model.named = Named()
+
+    def pass_on(module, args, output):
+        named(output)
+
+    tapped.model.base_model.stem.register_forward_hook(pass_on)
+    with pytest.raises(InputError, match="'backbone.named' .* returns no tensor: name another"):
+        tapped.tap_layers(["backbone.named"], 32)

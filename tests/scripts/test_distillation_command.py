@@ -1,5 +1,7 @@
 """`hfkd train distillation`: from options to a trained student, with teachers of other runs."""
 
+import json
+
 import pytest
 import torch
 from hub_metadata import check_card
@@ -68,6 +70,16 @@ def test_a_teachers_processor_is_its_own(tmp_path):
     # A pixel of the data's mean.
     seen = trainer.model.frozen()[0].renormalize(torch.zeros(1, 1, 1, 1)).item()
     assert seen == pytest.approx((trainer.preprocessing.mean[0] - 0.2) / 0.7, abs=1e-6)
+
+
+def test_a_processor_of_foreign_code_is_refused(tmp_path):
+    """Not left out in silence: the teacher would see pixels in other statistics."""
+    save_teacher(tmp_path / "teacher")
+    foreign = {"image_processor_type": "Foreign", "auto_map": {"AutoImageProcessor": "foreign.Foreign"}}
+    (tmp_path / "teacher/preprocessor_config.json").write_text(json.dumps(foreign))
+    with pytest.raises(InputError, match="image processor of teacher .* cannot be loaded: .*custom code") as caught:
+        job(tmp_path / "run", tmp_path / "teacher")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_student_starts_as_without_a_teacher(teacher, tmp_path):

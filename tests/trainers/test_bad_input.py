@@ -84,6 +84,12 @@ def test_classes_of_networks_and_data(refuse):
         refuse(f"train_dataset has 10 classes and the networks have {count}", pair)
 
 
+def test_a_teacher_of_images_of_another_size(refuse):
+    teacher = tiny_resnet(2)
+    teacher.config.image_size = 16
+    refuse("made for images of 16 pixels and the data has 8: give a teacher", [tiny_resnet(0)], teacher=teacher)
+
+
 @pytest.mark.parametrize("loss", ["adversarial", "none"])
 @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("bfloat16", "bfloat16"), ("float16", "float16")])
 def test_precisions(refuse, dtypes, loss):

@@ -193,6 +193,20 @@ def test_the_card_compares_student_and_teachers(tmp_path, monkeypatch):
     assert "Students and teachers on the test split (100 images)" in text
 
 
+def test_in_half_precision_both_cast_their_weights_in_each_pass(tmp_path, monkeypatch):
+    """Autocast keeps the cast weights of what is trained, and of frozen networks none."""
+    found = []
+
+    def look(*given, **named):
+        found.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    monkeypatch.setattr(publishing, "teacher_report", look)
+    trainer = kd_trainer(tmp_path / "run", max_steps=1, bf16=True)
+    trainer.evaluate()
+    trainer.save_model()
+    assert found == [(True, False)] and torch.is_autocast_cache_enabled()
+
+
 def test_a_report_that_fails_is_left_out_with_a_warning(tmp_path, monkeypatch):
     def fail(*given, **named):
         raise RuntimeError("no clock")

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from hfkd.errors import InputError, RunError
 from hfkd.losses.logit_distillation import distillation_kl, joint_logits
+from hfkd.models.class_names import match_teacher
 from hfkd.trainers.distillation import OfflineDistillationConfig
 from hfkd.trainers.distillation_papers import PAPERS
 from hfkd.trainers.distillation_terms import LOSSES
@@ -209,11 +210,12 @@ def test_a_teacher_sees_the_images_in_its_own_statistics_and_size(make):
     torch.testing.assert_close(seen[-1], F.interpolate(own, (16, 16), mode="bilinear"))
 
 
-@pytest.mark.parametrize("by", ["configuration", "processor"])
+@pytest.mark.parametrize("by", ["configuration", "height and width", "processor"])
 def test_a_teacher_of_another_size_is_resized_for_only_when_asked(make, by):
     """A convolutional one could take them as they are, which then has to be said."""
-    if by == "configuration":
-        given = {"teachers": vit(side=16), "student": our_resnet(), "sources": digit_sources(3)}
+    if by != "processor":
+        side = 16 if by == "configuration" else [16, 16]
+        given = {"teachers": vit(side=side), "student": our_resnet(), "sources": digit_sources(3)}
     else:
         processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
         given = {"teachers": taught(), "teacher_processing_classes": [processor]}
@@ -254,6 +256,20 @@ def test_one_teachers_cache_serves_every_temperature_and_several_teachers_only_t
     make("kd", **several).train()
     with pytest.raises(InputError, match="combination of teachers"):
         make("kd", temperature=2.0, **several).train()
+
+
+def test_a_teacher_has_the_students_classes_in_their_order(make):
+    student, teacher = tiny_resnet(0), taught()
+    student.config.id2label = {k: str(k) for k in range(10)}
+    teacher.config.id2label = {k: str(9 - k) for k in range(10)}
+    with pytest.raises(InputError, match="classes in another order: bring it to theirs by .*match_teacher"):
+        make("kd", student=student, teachers=teacher)
+    match_teacher(teacher, [student.config.id2label[k] for k in range(10)])
+    make("kd", student=student, teachers=teacher)
+    other = taught()
+    other.config.id2label = {k: f"animal {k}" for k in range(10)}
+    with pytest.raises(InputError, match="does not know '0', '1', '2' and 7 more"):
+        make("kd", student=student, teachers=[teacher, other])
 
 
 # -- contrast --------------------------------------------------------------------------------------
@@ -315,8 +331,12 @@ def test_a_callback_that_moves_the_teacher_is_found_out(make):
     ("losses", "settings", "message"),
     [
         (["kd"], {"teachers": []}, "give one trained classifier or more"),
-        (["kd"], {"teachers": ["resnet20"]}, "a teacher is a str: pass a model"),
+        (["kd"], {"teachers": ["resnet20"]}, "the teacher is a str: pass a model"),
         (["kd"], {"teachers": [tiny_resnet(3, num_labels=7)]}, r"the networks have \[10, 7\] classes"),
+        (["kd"], {"teacher_processing_classes": [None, None]}, "2 image processors for 1 teacher"),
+        (["kd"], {"teacher_processing_classes": ViTImageProcessorPil()}, "=ViTImageProcessorPil: pass a list"),
+        (["attention"], {"student_layers": ["pooled"], "teacher_layers": ["pooled"]},
+         "pooled - pooled have a single position: name layers"),
         (["hints"], {}, r"loss 'hints' is unknown \(nearest: fitnets\)"),
         ([], {}, r"loss=\[\]: name one loss"),
         (["kd", "kd"], {}, "several different ones"),

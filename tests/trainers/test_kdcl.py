@@ -86,6 +86,16 @@ def test_general_weights_are_measured_before_each_epoch(tmp_path):
     assert all(found.sum().item() == pytest.approx(1, abs=1e-5) for _, found in seen)
 
 
+def test_a_second_training_measures_anew(tmp_path):
+    """Its first epoch has the number of one that has been."""
+    trainer = tiny_trainer("kdcl", tmp_path, variant="general", max_steps=4)
+    measured, measure = [], trainer._measure_weights
+    trainer._measure_weights = lambda epoch: (measured.append(epoch), measure(epoch))
+    trainer.train()
+    trainer.train()
+    assert measured == [0, 0]
+
+
 def test_measuring_draws_nothing(tmp_path):
     trainer = tiny_trainer("kdcl", tmp_path, variant="general")
     before = torch.random.get_rng_state()

@@ -133,6 +133,7 @@ def test_it_learns(make):
         (1, {}, r"1 student\(s\): students that learn from each other are two or more"),
         (2, {"temperature": 0.0}, "temperature=0.0 is out of range"),
         (2, {"kl_weight": -1.0}, "kl_weight=-1.0 is out of range"),
+        (2, {"kl_weight": 0.0, "temperature": 3.0}, "temperature=3.0 has no effect with kl_weight=0"),
         (2, {"update": "sequential", "gradient_accumulation_steps": 2}, "choose update=simultaneous"),
         (2, {"update": "random"}, "update='random' is unknown"),
     ],
