@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 from hfkd.errors import InputError
 from hfkd.models import STUDENT_PRESETS
 from hfkd.models.class_names import match_teacher
 from hfkd.models.probing import one_line
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_teacher(name: str, class_names: Sequence[str], trust_remote_code: bool = False) -> PreTrainedModel:
@@ -51,6 +55,7 @@ def teacher_processor(name: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError:
+        logger.warning(f"teacher {name!r} has no image processor: it is given pixel values as the student is")
         return None
     except (ImportError, ValueError) as error:
         raise InputError(f"image processor of teacher {name!r} cannot be loaded: {one_line(error)}") from error

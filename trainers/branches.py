@@ -16,14 +16,20 @@ from .cohort import CohortConfig, CohortTrainer
 from .config import check_positive, check_range
 
 
+RAMPUP_SHARE = 80 / 300  # of the run, in the code of ONE and FFL
+
+
 @dataclass
 class BranchConfig(CohortConfig):
     """Settings that ONE, PCL and FFL share."""
 
     temperature: float = field(default=3.0, metadata={"help": "T of the KL terms, > 0 (code of ONE and FFL: 3)."})
-    kl_rampup_epochs: float = field(
-        default=80.0,
-        metadata={"help": "Epochs over which the KL terms' weight rises to 1 (code of ONE and FFL: 80); 0: none."},
+    kl_rampup_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs over which the KL terms' weight rises to 1; 0: none (default: in proportion as in code of "
+            "ONE and FFL, 80 of 300)."
+        },
     )
     shared_trunk: bool = field(
         default=True,
@@ -36,7 +42,8 @@ class BranchConfig(CohortConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("temperature", self.temperature)
-        check_range("kl_rampup_epochs", self.kl_rampup_epochs, 0)
+        if self.kl_rampup_epochs is not None:
+            check_range("kl_rampup_epochs", self.kl_rampup_epochs, 0)
 
 
 class BranchTrainer(CohortTrainer):
@@ -62,6 +69,8 @@ class BranchTrainer(CohortTrainer):
 
     def kl_weight(self) -> float:
         """Of the KL terms at this point of the run, in (0, 1]."""
+        if self.args.kl_rampup_epochs is None:
+            return kl_rampup(self.state.global_step / max(self.state.max_steps, 1), RAMPUP_SHARE)
         return kl_rampup(self.state.epoch or 0.0, self.args.kl_rampup_epochs)
 
     def features(self, pixel_values: Tensor) -> list[ClassifierFeatures]:

@@ -36,8 +36,8 @@ class CachedTeacherConfig(CohortConfig):
     teacher_cache_top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Classes of an image whose logits are kept, 4 bytes each; the others share what is left "
-            "(default: all classes)."
+            "help": "Classes of an image whose logits are kept, 4 bytes each; the others share what is left, which is "
+            "for kd alone (default: all classes)."
         },
     )
 

@@ -64,6 +64,7 @@ class CohortTrainer(FrozenParents):
         InputError: for networks that do not fit each other or the data.
     """
 
+    config_class: ClassVar[type[CohortConfig]] = CohortConfig
     parent_role = "teacher"
     least_students: ClassVar[int] = 2
     # What to do about a teacher that was made for images of {own} pixels, where the data has {given}.
@@ -73,7 +74,7 @@ class CohortTrainer(FrozenParents):
     def __init__(
         self,
         students: Sequence[PreTrainedModel],
-        args: CohortConfig,
+        args: CohortConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -86,6 +87,7 @@ class CohortTrainer(FrozenParents):
         teacher_image_size: int | None = None,
         tap: Tap = "post_activation",
     ) -> None:
+        args = args or self.config_class()
         dtype = check_networks(students, teachers, self.least_students)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_labels(name, dataset, students[0].config.num_labels)

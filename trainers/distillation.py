@@ -148,6 +148,11 @@ class OfflineDistillationConfig(CachedTeacherConfig):
                     f"gradient_accumulation_steps={self.gradient_accumulation_steps} with loss={name}, which compares "
                     "the images of a whole batch: choose a larger per_device_train_batch_size instead"
                 )
+            if self.teacher_cache_top_k is not None and name != "kd":
+                raise InputError(
+                    f"teacher_cache_top_k={self.teacher_cache_top_k} knows the largest logits alone, and loss={name} "
+                    "looks at all of them: leave it out, or choose kd"
+                )
             if kind.features and self.teacher_cache_dir is not None:
                 raise InputError(
                     f"teacher_cache_dir={self.teacher_cache_dir} keeps logits, and loss={name} needs the teachers' "

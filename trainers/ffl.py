@@ -6,11 +6,10 @@ classifier, and the fused classifier teaches the students.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hfkd.losses.one import ensemble_losses
 from hfkd.losses.online_adversarial import distillation_kl
@@ -65,12 +64,8 @@ class FflTrainer(BranchTrainer):
     _template_file = "ffl.md"
     _teacher_metric = "fused"
 
+    config_class = FflConfig
     args: FflConfig
-
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: FflConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        super().__init__(students, args or FflConfig(), *parts, **named)
 
     def build_training_only(self, args: FflConfig) -> dict[str, nn.Module]:
         """The fusion module with the fused classifier."""

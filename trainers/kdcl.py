@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from hfkd.data import ImageSource
@@ -106,13 +105,11 @@ class KdclTrainer(OwnViewsTrainer):
     _tag_names: ClassVar = ["hfkd", "knowledge-distillation", "online-distillation", "kdcl"]
     _template_file = "kdcl.md"
 
+    config_class = KdclConfig
     args: KdclConfig
 
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: KdclConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        args = args or KdclConfig()
-        super().__init__(students, args, *parts, **named)
+    def __init__(self, *parts: Any, **named: Any) -> None:
+        super().__init__(*parts, **named)
         if self._measures and not isinstance(self.eval_dataset, ImageSource):
             raise InputError(
                 "variant=general measures its weights on held-out images: pass one eval_dataset (validation_size "

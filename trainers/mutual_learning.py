@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hfkd.errors import InputError
 from hfkd.losses.mutual_learning import mutual_kl
@@ -86,12 +85,8 @@ class MutualLearningTrainer(CohortTrainer):
     _tag_names: ClassVar = ["hfkd", "knowledge-distillation", "online-distillation", "deep-mutual-learning"]
     _template_file = "mutual_learning.md"
 
+    config_class = MutualLearningConfig
     args: MutualLearningConfig
-
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: MutualLearningConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        super().__init__(students, args or MutualLearningConfig(), *parts, **named)
 
     def losses(
         self, features: Sequence[ClassifierFeatures], batch: dict[str, Tensor]

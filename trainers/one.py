@@ -7,11 +7,10 @@ and teaches every branch. After training each branch, with the trunk, is an ordi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hfkd.losses.one import ensemble_losses, gated_ensemble
 from hfkd.models import ClassifierFeatures
@@ -67,12 +66,8 @@ class OneTrainer(BranchTrainer):
     _template_file = "one.md"
     _teacher_metric = "gated_ensemble"
 
+    config_class = OneConfig
     args: OneConfig
-
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: OneConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        super().__init__(students, args or OneConfig(), *parts, **named)
 
     def build_training_only(self, args: OneConfig) -> dict[str, nn.Module]:
         """The gate."""

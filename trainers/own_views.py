@@ -20,7 +20,8 @@ class OwnViewsTrainer(CohortTrainer):
 
     args: Any
 
-    def __init__(self, students: Sequence[PreTrainedModel], args: Any, *parts: Any, **named: Any) -> None:
+    def __init__(self, students: Sequence[PreTrainedModel], args: Any = None, *parts: Any, **named: Any) -> None:
+        args = args or self.config_class()
         several = args.independent_views and isinstance(students, Sequence)  # what is no list is refused below
         self.views = len(students) if several else 1
         super().__init__(students, args, *parts, **named)

@@ -82,12 +82,11 @@ class PclTrainer(OwnViewsTrainer, BranchTrainer):
     _template_file = "pcl.md"
     _teacher_metric = "peer_ensemble"
 
+    config_class = PclConfig
     args: PclConfig
 
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: PclConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        super().__init__(students, args or PclConfig(), *parts, **named)
+    def __init__(self, *parts: Any, **named: Any) -> None:
+        super().__init__(*parts, **named)
         self.add_callback(AfterUpdate(self._average_weights))
 
     def build_training_only(self, args: PclConfig) -> dict[str, nn.Module]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hfkd.models import ClassifierFeatures
 
@@ -53,12 +52,8 @@ class SupervisedTrainer(CohortTrainer):
     _template_file = "supervised.md"
 
     least_students = 1
+    config_class = SupervisedConfig
     args: SupervisedConfig
-
-    def __init__(
-        self, students: Sequence[PreTrainedModel], args: SupervisedConfig | None = None, *parts: Any, **named: Any
-    ) -> None:
-        super().__init__(students, args or SupervisedConfig(), *parts, **named)
 
     def losses(
         self, features: Sequence[ClassifierFeatures], batch: dict[str, Tensor]

@@ -357,6 +357,7 @@ def test_a_callback_that_moves_the_teacher_is_found_out(make):
         (["kd", "crd"], {"teacher_cache_dir": "cache", "augmentation": NO_AUGMENTATION},
          "loss=crd needs the teachers' features"),
         (["kd"], {"teacher_cache_dir": "cache"}, "choose augmentation=none"),
+        (["dkd"], {"teacher_cache_dir": "cache", "teacher_cache_top_k": 3}, "leave it out, or choose kd"),
         (["crd"], {"crd_momentum": 1.0}, "crd_momentum=1.0 is out of range"),
         (["crd"], {"crd_temperature": 0.0}, "crd_temperature=0.0 is out of range"),
         (["kd"], {"teacher_image_size": 0}, "teacher_image_size=0 is out of range"),

@@ -77,6 +77,17 @@ def test_the_weight_of_kl_rises_with_the_epoch(tmp_path):
     assert found == pytest.approx([0.0067379470, 0.2865047969, 1.0, 1.0])
 
 
+def test_by_default_the_weight_of_kl_rises_over_80_300ths_of_a_run(tmp_path):
+    """A short run, too, comes to distil."""
+    trainer = tiny_trainer("one", tmp_path, kl_rampup_epochs=None)
+    trainer.state.max_steps = 3000
+    found = []
+    for step in (0, 400, 800, 2000):
+        trainer.state.global_step = step
+        found.append(trainer.kl_weight())
+    assert found == pytest.approx([0.0067379470, 0.2865047969, 1.0, 1.0])
+
+
 def test_saved_are_whole_networks_with_one_trunk(tmp_path):
     trainer = tiny_trainer("one", tmp_path / "run", max_steps=3)
     trainer.train()
