@@ -24,7 +24,7 @@ def test_demo_trains_compares_reloads_and_says_where_everything_lies(short, tmp_
         assert re.search(rf"{name}.* ± ", out), name
     verdict = next(line for line in out.splitlines() if "the first student with its peer" in line)
     assert "the same student alone" in verdict
-    assert "standard error" in verdict or "level" in verdict
+    assert "at 95 % confidence" in verdict or "level" in verdict
     assert re.search(r"a new process loaded student 0 from hfkd-demo/online-adversarial and read a \d as \d", out)
     assert "try next:" in out
     result = json.loads((tmp_path / "hfkd-demo/online-adversarial/test_results.json").read_text())
