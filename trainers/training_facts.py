@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers.utils import logging
 
+from hfkd.errors import InputError
 from hfkd.losses.generator_from_classifier import implied_margin_scale
 
 
 logger = logging.get_logger(__name__)
 
+_USED_FACTS = ("loss", "min_margin", "median_margin", "weight_decay")
 ASSUMED_LOSS = 0.01  # mean cross-entropy, in nats, of a classifier that says nothing of its training
 
 
@@ -25,8 +27,11 @@ def margin_scale_of(config: Any, num_labels: int, given: float | None, name: str
         num_labels: its classes.
         given: gamma itself, or None.
         name: of the classifier, for the warnings.
+
+    Raises:
+        InputError: `training_facts` that are not named numbers.
     """
-    facts = getattr(config, "training_facts", None) or {}
+    facts = _facts_of(config, name)
     _warn_of_training(facts, name)
     if given is not None:
         return given
@@ -42,7 +47,18 @@ def margin_scale_of(config: Any, num_labels: int, given: float | None, name: str
     return scale
 
 
-def _warn_of_training(facts: dict[str, Any], name: str) -> None:
+def _facts_of(config: Any, name: str) -> dict[str, float]:
+    facts = getattr(config, "training_facts", None) or {}
+    known = (facts.get(key, 0.0) for key in _USED_FACTS) if isinstance(facts, dict) else (None,)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+        raise InputError(
+            f"{name}: training_facts in its config.json ({str(facts)[:80]}) is not a table of numbers such as "
+            "MaxMarginTrainer writes; remove it and give --margin_scale"
+        )
+    return facts
+
+
+def _warn_of_training(facts: dict[str, float], name: str) -> None:
     margin = facts.get("min_margin", math.nan)
     if math.isnan(margin):
         logger.warning(

@@ -76,6 +76,18 @@ def test_the_margins_scale_and_what_is_warned_of(tmp_path, facts, given, scale, 
         assert expected in text and "\n" not in text and text.startswith("the classifier")
 
 
+@pytest.mark.parametrize(
+    "facts", [["loss", 0.1], "0.1", {"loss": "0.1"}, {"median_margin": [7.5]}, {"min_margin": True}]
+)
+def test_facts_that_are_none_are_named(tmp_path, facts):
+    """config.json of a stranger's repository may hold anything under this name."""
+    model = tiny_mlp(facts=FACTS)
+    model.config.training_facts = facts
+    with pytest.raises(InputError, match="the classifier: training_facts in its config.json .* is not") as error:
+        tiny_trainer(tmp_path, [model])
+    assert "\n" not in str(error.value)
+
+
 def test_real_training_images_satisfy_the_conditions_and_others_do_not(tmp_path):
     """The premise, on a classifier with weight decay: its own images explain its weights, at T = 1."""
     classifier, classes = trained_mlp(), (0, 1, 2, 3)
