@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.modeling_outputs import ModelOutput
 
+from hfkd.data import ImageSource
 from hfkd.data.activation_cache import ActivationCache, CachedImages, open_activation_cache
 from hfkd.models.activation_cut import ActivationCut
 
@@ -57,7 +58,6 @@ class CachedActivations(DistillationTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if self._cut is not None:
-            broadcast_state(self.model)  # all ranks see the training images through one base
             self._open_cache(self._cut)
         return super().get_train_dataloader()
 
@@ -65,8 +65,21 @@ class CachedActivations(DistillationTrainer):
         """The backbone's outputs for a training batch's `pixel_values`."""
         return self._backbone(pixel_values) if self._cut is None else self._cut.above(pixel_values)
 
+    def images_seen_in_training(self) -> ImageSource:
+        """The training images without augmentation; their batches' `pixel_values` are for `training_features`."""
+        if self._cut is None:
+            return super()._eval_source(self.train_dataset, "train")  # a method may evaluate on crops
+        if self.train_dataset.cache is None:
+            self._open_cache(self._cut)
+        return self.train_dataset
+
+    def training_features(self, pixel_values: Tensor) -> Tensor:
+        """f(x) (N, d) of a training batch's `pixel_values`, without its tangent."""
+        return self._backbone.features(pixel_values) if self._cut is None else self._cut.features_above(pixel_values)
+
     def _open_cache(self, cut: ActivationCut) -> None:
         """Rank 0 fills the cache where there is none; then the others open it."""
+        broadcast_state(self.model)  # all ranks see the training images through one base
         images: CachedImages = self.train_dataset
         folder = str(self.args.activation_cache_dir)
 

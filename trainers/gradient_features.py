@@ -214,17 +214,16 @@ class GradientFeaturesTrainer(CachedActivations):
 
     def _training_features(self) -> tuple[Tensor, Tensor]:
         """f(x) (N, d) of the training images, not augmented, and their labels, on the CPU of every rank."""
-        source = super()._eval_source(self.train_dataset, "train")
+        source = self.images_seen_in_training()
         loader = self._loader(source, self.args.eval_batch_size, train=False)
         self.model.eval()
-        backbone: Any = self.model.students[0].base_model
         features, labels = [], []
         bar = tqdm(loader, desc="Features for omega", unit="batch", delay=2, disable=self.args.disable_tqdm)
         with torch.no_grad():
             for inputs in bar:
                 batch = self._materialise(source, inputs)
                 with self.autocast():
-                    feature = full_precision(backbone.features(batch["pixel_values"]))
+                    feature = full_precision(self.training_features(batch["pixel_values"]))
                 gathered = self.accelerator.gather_for_metrics((feature, batch["labels"]))
                 features.append(gathered[0].cpu())
                 labels.append(gathered[1].cpu())

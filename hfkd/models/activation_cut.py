@@ -80,6 +80,11 @@ class ActivationCut:
         with self._entering(activations):
             return self.backbone(self._pixels, return_dict=True)
 
+    def features_above(self, activations: Tensor) -> Tensor:
+        """f(x) (N, d) alone, without its tangent."""
+        with self._entering(activations):
+            return self.backbone.features(self._pixels)
+
     def identity(self) -> dict[str, str]:
         """What z_0 depends on besides the images, each part with a text that is equal only for equal parts."""
         digest = hashlib.sha256()

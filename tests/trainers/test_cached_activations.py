@@ -43,11 +43,12 @@ def test_weights_and_metrics_are_those_without_a_cache(tmp_path, mode):
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["activations.npy", "key.json"]
 
 
-def test_no_step_runs_the_layers_below(tmp_path):
+@pytest.mark.parametrize("omega", ["given", "fitted"])
+def test_neither_a_step_nor_the_fit_runs_the_layers_below(tmp_path, omega):
     model = tiny_model()
     seen = calls_below(model)
     trainer = tiny_trainer(
-        tmp_path, model, omega="given", activation_cache_dir=str(tmp_path / "cache"), per_device_eval_batch_size=200
+        tmp_path, model, omega=omega, activation_cache_dir=str(tmp_path / "cache"), per_device_eval_batch_size=200
     )
     seen.clear()
     trainer.train()
@@ -55,10 +56,18 @@ def test_no_step_runs_the_layers_below(tmp_path):
 
     again = tiny_model()
     seen = calls_below(again)
-    trainer = tiny_trainer(tmp_path / "again", again, omega="given", activation_cache_dir=str(tmp_path / "cache"))
+    trainer = tiny_trainer(tmp_path / "again", again, omega=omega, activation_cache_dir=str(tmp_path / "cache"))
     seen.clear()
     trainer.train()
     assert seen == []
+
+
+def test_omega_can_be_fitted_before_training(tmp_path):
+    plain = tiny_trainer(tmp_path, tiny_model(dtype=torch.float64))
+    cached = tiny_trainer(tmp_path, tiny_model(dtype=torch.float64), activation_cache_dir=str(tmp_path / "cache"))
+    for trainer in (plain, cached):
+        trainer.fit_omega()
+    torch.testing.assert_close(cached.model.students[0].omega, plain.model.students[0].omega, rtol=1e-9, atol=1e-9)
 
 
 def test_precision_and_layout_of_the_run_are_kept(tmp_path):
