@@ -11,6 +11,7 @@ from hfkd.trainers.checkpointing import check_no_other_run
 
 from .demo_parts import one_thread
 from .evaluate_generation import GenerationArguments, describe_generation, evaluate_generation
+from .generation_card import PICTURE
 from .methods import find_method
 from .options import check_values, read_yaml, resolved
 from .train import repeats, train
@@ -18,7 +19,6 @@ from .train import repeats, train
 
 METHOD, CLASSIFIER = "generator-from-classifier", "max-margin"
 RECIPE = "digits.yaml"
-NEAREST = "nearest.png"
 IMAGES = 1000
 # A new process: what a user does who has only the folder.
 RELOAD = """
@@ -59,7 +59,7 @@ def _settings(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _comparison(folder: Path) -> str:
-    arguments = GenerationArguments(num_images=IMAGES, picture=str(folder / NEAREST))
+    arguments = GenerationArguments(num_images=IMAGES, update_card=True)
     result = evaluate_generation(str(folder), {}, arguments)
     title = f"\n{IMAGES:,} generated digits; the same measures of other images beside them"
     return "\n".join([title, describe_generation(result), READING.format(judge=result["settings"]["judge"]), ""])
@@ -78,7 +78,7 @@ def _closing(output_dir: Path, seconds: float) -> str:
     return f"""done in {seconds:.0f} s; what lies in {output_dir}:
   .             the generator, its code, the card README.md, and every option of the run in run.yaml
   samples.png   its images, a row for each class
-  {NEAREST}   an image of each class, and on its right the classifier's training images that are most like it
+  {PICTURE}   an image of each class, and on its right the classifier's training images that are most like it
   classifier/   what it was born from: the only one that saw digits
 
 try next:

@@ -18,6 +18,7 @@ from hfkd.evaluation.sampling import balanced_labels, class_names, draw_images
 from hfkd.trainers.config import check_range
 
 from .checkpoint import Cohort, load_cohort
+from .generation_card import PICTURE, card_of, update_card
 from .generation_parent import named_parent, sqrt_stationarity_under
 from .generators import load_generator
 from .measured_data import check_class_names, check_classes, check_labelled_test, data_of_run
@@ -59,6 +60,14 @@ class GenerationArguments:
         default=None, metadata={"help": "Picture to write: a sample of each class and its nearest training images."}
     )
 
+    update_card: bool = field(
+        default=False,
+        metadata={
+            "help": f"Put the figures and such a picture ({PICTURE}, which shows training images) into the card in "
+            "the generator's folder."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_range("num_images", self.num_images, 2)
         check_range("seed", self.seed, 0)
@@ -73,7 +82,7 @@ def evaluate_generation(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the generator `name` against real images, and write the picture that `arguments` ask for.
+    """Measure the generator `name` against real images, and write the pictures that `arguments` ask for.
 
     Args:
         values: the options that the user named, of which those of the data count.
@@ -86,7 +95,10 @@ def evaluate_generation(
     Raises:
         InputError: no generator, no classifier, or data that do not fit them.
     """
-    picture = None if arguments.picture is None else picture_path(arguments.picture)
+    card = card_of(name) if arguments.update_card else None
+    pictures = [] if arguments.picture is None else [picture_path(arguments.picture)]
+    if card is not None:
+        pictures.append(card.with_name(PICTURE))
     generator, folder = load_generator(name, trust_remote_code=trust_remote_code, revision=revision)
     names = class_names(generator, arguments.classifier_index)
     parent_name = arguments.classifier or named_parent(folder, arguments.classifier_index)
@@ -124,15 +136,19 @@ def evaluate_generation(
     }
     if stationarity is not None:
         metrics["training"] = {"sqrt_stationarity": stationarity(real.training, real.training_labels)}
-    if picture is not None:
+    if pictures:
         known = judge(images).probabilities.argmax(dim=1) if labels is None else labels
-        _draw_nearest(picture, images, known, real, SAMPLES if names is None else len(names))
-    return {
+        _draw_nearest(pictures, images, known, real, SAMPLES if names is None else len(names))
+    result = {
         "protocol": "generation",
         "metrics": metrics,
         "n_test": len(real.reference) + len(real.held_out),
         "settings": _settings(arguments, parent_name, data, real, rows),
     }
+    if card is not None:
+        shown = "Generated images" if names is None else "An image of each class"
+        update_card(card, result, _ROWS, f"{shown}, and on the right the training images that are most like it")
+    return result
 
 
 def describe_generation(result: dict[str, Any]) -> str:
@@ -205,13 +221,15 @@ def _judge(cohort: Cohort | None, role: str, data: ImageDatasets, batch_size: in
     return ClassifierJudge(student, cohort.preprocessing, batch_size)
 
 
-def _draw_nearest(path: Path, images: Tensor, labels: Tensor, real: RealImages, count: int) -> None:
+def _draw_nearest(paths: list[Path], images: Tensor, labels: Tensor, real: RealImages, count: int) -> None:
     """The first `count` images, each with the training images of its class that are most like it."""
     fewest = min(int((real.training_labels == label).sum()) for label in labels[:count])
     _, nearest = nearest_same_class(
         images[:count], labels[:count], real.training, real.training_labels, k=min(NEAREST, fewest)
     )
-    save_picture(nearest_image_grid(images[:count], real.training[nearest]), path)
+    grid = nearest_image_grid(images[:count], real.training[nearest])
+    for path in paths:
+        save_picture(grid, path)
 
 
 def _settings(

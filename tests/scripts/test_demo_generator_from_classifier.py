@@ -39,6 +39,7 @@ def test_demo_trains_measures_reloads_and_may_be_repeated(short, tmp_path, monke
     assert facts["num_images"] == 100 and facts["weight_decay"] > 0
     for name in ("README.md", "config.json", "run.yaml", "samples.png", "classifier/README.md"):
         assert (folder / name).is_file(), name
+    assert "## Beside real images" in (folder / "README.md").read_text()
     assert Image.open(folder / "nearest.png").size == (5 * 33 - 1, 10 * 33 - 1)
     assert re.search(r"done in \d+ s", out)
 

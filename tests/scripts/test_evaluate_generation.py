@@ -1,6 +1,7 @@
 """`hfkd evaluate GENERATOR --protocol generation` on the digits."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,6 +87,29 @@ def test_generator_beside_held_out_images_and_noise(generator, parent, tmp_path,
     assert row.split()[3] == f"{held_out:.4f}"
     # A row for each of ten classes: the sample and four of the training images.
     assert Image.open(tmp_path / "nearest.png").size == (5 * 33 - 1, 10 * 33 - 1)
+
+
+def test_the_card_shows_what_was_measured(bigan, tmp_path):
+    folder = tmp_path / "generator"
+    shutil.copytree(bigan / "generator", folder)
+    before = shutil.copyfile(bigan / "README.md", folder / "README.md").read_text()
+    for seed in (0, 1):
+        code, result = evaluate(folder, tmp_path, "--dataset_name", "digits", "--update_card", "--seed", seed)
+        assert code == 0
+    card = (folder / "README.md").read_text()
+    added = card.partition("## Beside real images\n")[2].partition("## Training\n")[0]
+    assert card.replace(f"## Beside real images\n{added}", "") == before
+    metrics = result["metrics"]
+    for name, value in metrics["generator"].items():
+        cells = f"{value:.4f} | {metrics['held_out'][name]:.4f} | {metrics['noise'][name]:.4f} |"
+        assert f"| {name.replace('_', ' ')} | {cells}" in added
+    assert "- seed: 1\n" in added and "](nearest.png)" in added and "share the picture only where" in added
+    assert Image.open(folder / "nearest.png").size[1] == 10 * 33 - 1
+
+
+def test_a_generator_without_a_card(generator, tmp_path, capsys):
+    assert evaluate(generator, tmp_path, "--dataset_name", "digits", "--update_card")[0] == 2
+    assert "is no folder with a card" in error_of(capsys)
 
 
 def test_self_accuracy_is_the_parents(generator, parent, tmp_path):
