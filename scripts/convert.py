@@ -54,11 +54,15 @@ def convert(file: Path, folder: Path) -> str:
         InputError: the folder has content, or the file no networks that can be read.
         RunError: the folder cannot be written.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be looked into ({error.strerror or error}): name another one") from error
+    if taken:
         raise InputError(f"{folder}: is there already and not an empty folder: name a new one, nothing is overwritten")
     networks = read_stylegan2_ada(file)
     try:
-        with atomic_folder(folder) as new:
+        with atomic_folder(folder.resolve()) as new:  # a link stays one, and `.` has a name
             _save(networks, file, new, str(folder))
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from error

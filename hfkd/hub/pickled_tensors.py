@@ -1,7 +1,7 @@
 """The names that pickles of PyTorch modules need, for `restricted_pickle`: containers, tensors and NumPy's scalars.
 
-Sizes are checked against the bytes that the file holds before anything is built, and tensors are views of them: no
-file can ask for more memory than its own size.
+Sizes are checked against the bytes that the file holds before anything is built, and tensors are views of them: what
+is made of text and bytes takes at most twice the memory of the file (see `restricted_pickle`).
 """
 
 import io
@@ -21,6 +21,7 @@ from .restricted_pickle import Allowed, Global, Record, load, text
 
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before it wrote zip archives
+_HEAD = 4096  # bytes; what torch.save writes before a storage's values takes some 300
 _MOST_DIMENSIONS = 8
 _DTYPES: Mapping[str, torch.dtype] = {
     "torch.DoubleStorage": torch.float64,
@@ -37,6 +38,14 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
+class _StorageKind:
+    """What stands before a storage's values."""
+
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
 class _Storage:
     values: Tensor  # (number of values,)
 
@@ -50,7 +59,7 @@ class _NumpyDtype(Record):
         self.code: str = code
 
     def take(self, state: Any) -> None:
-        if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|"):
+        if type(state) is not tuple or len(state) < 2 or text(state[1]) not in ("<", "|"):
             raise InputError("it holds NumPy values that are not little-endian numbers")
 
 
@@ -60,14 +69,15 @@ def _numpy_scalar(dtype: Any, raw: Any) -> Any:
     return np.frombuffer(raw, f"<{dtype.code}", count=1).item()
 
 
-def _empty_dict() -> dict[str, Any]:
+def empty_dict() -> dict[str, Any]:
+    """What a class of dictionaries makes of no arguments; keys and values come afterwards."""
     return {}
 
 
-def _text_set(items: Any = ()) -> set[str]:
-    if type(items) is not list and items != ():
+def _text_set(items: Any = None) -> set[str]:
+    if items is not None and type(items) is not list:
         raise InputError(f"it makes a set of a {type(items).__name__}")
-    return set(map(text, items))
+    return set(map(text, items or ()))
 
 
 def _latin1_bytes(characters: Any, encoding: Any) -> bytes:
@@ -81,11 +91,15 @@ def _load_storage(data: Any) -> _Storage:
     """The values of a storage, which lies in a pickle as the bytes that `torch.save` made of it."""
     if type(data) is not bytes:
         raise InputError(f"it holds a {type(data).__name__} in the place of a tensor's bytes")
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:_HEAD])
     magic, protocol, system = (load(stream, {}) for _ in range(3))
-    if magic != _MAGIC or protocol != _PROTOCOL or type(system) is not dict or not system.get("little_endian"):
+    little_endian = type(system) is dict and system.get("little_endian") is True
+    if magic != _MAGIC or protocol != _PROTOCOL or not little_endian:
         raise InputError("it holds tensors in another format than torch.save's for one storage")
-    dtype, count = load(stream, dict.fromkeys(_DTYPES, _refuse_call), _storage_id)
+    kind = load(stream, dict.fromkeys(_DTYPES, _refuse_call), _storage_kind)
+    if type(kind) is not _StorageKind:
+        raise InputError("it holds a tensor without its type and number of values")
+    dtype, count = kind.dtype, kind.count
     load(stream, {})  # the storage's key again
     start = stream.tell() + 8  # after the number of values
     available = len(data) - start
@@ -99,28 +113,32 @@ def _refuse_call(*arguments: Any) -> NoReturn:
     raise InputError("it makes a storage that has no bytes")
 
 
-def _storage_id(identity: Any) -> tuple[torch.dtype, int]:
+def _storage_kind(identity: Any) -> _StorageKind:
     """Type and number of values, of ('storage', type, key, device, number of values, None)."""
     if type(identity) is not tuple or len(identity) < 5 or type(identity[1]) is not Global:
         raise InputError("it refers to something that is no storage")
     count, views = identity[4], identity[5:]
-    if identity[0] != "storage" or type(count) is not int or count < 0 or any(view is not None for view in views):
+    if identity[0] != "storage" or not _is_natural(count) or any(view is not None for view in views):
         raise InputError("it refers to something that is no whole storage")
-    return _DTYPES[identity[1].name], count
+    return _StorageKind(_DTYPES[identity[1].name], count)
+
+
+def _is_natural(number: Any) -> bool:
+    """Whether it is one that sizes can be: longer ones take long to multiply, and to write into a message."""
+    return type(number) is int and 0 <= number < 2**63
 
 
 def _rebuild_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> Tensor:
     """A view of a storage, checked to lie within it and not to repeat its values."""
-    if not isinstance(storage, _Storage) or not (type(size) is type(stride) is tuple) or metadata:
+    if not isinstance(storage, _Storage) or not (type(size) is type(stride) is tuple) or metadata is not None:
         raise InputError("it holds a tensor that is no plain view of a storage")
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
+    if len(size) != len(stride) or len(size) > _MOST_DIMENSIONS or not all(map(_is_natural, (offset, *size, *stride))):
         raise InputError("it holds a tensor whose sizes and strides are not natural numbers")
     available = len(storage.values)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True) if n)
-    if max(size, default=1) > max(available, 1) or math.prod(size) > available or (all(size) and last >= available):
+    if math.prod(n for n in size if n) > max(available, 1) or (all(size) and last >= available):
         raise InputError(f"it holds a tensor of sizes that reach beyond its {available} values")
     return storage.values.as_strided(size, stride, offset) if all(size) else storage.values.new_empty(size)
 
@@ -132,7 +150,7 @@ def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> Tensor:
 
 
 TENSOR_NAMES: Allowed = {
-    "collections.OrderedDict": _empty_dict,
+    "collections.OrderedDict": empty_dict,
     "builtins.set": _text_set,
     "__builtin__.set": _text_set,  # protocol 2
     "_codecs.encode": _latin1_bytes,

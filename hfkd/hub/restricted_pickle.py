@@ -8,16 +8,17 @@ everything else, the first foreign name included, is refused.
 
 import io
 import pickletools
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hfkd.errors import InputError
 
 
 # What a name in a pickle stands for. The functions get whatever the file gives them: they check it, and raise
-# `InputError` or `TypeError`.
+# `InputError` or `TypeError`. Of their arguments they may copy text, bytes and lists, which are counted, and no more.
 Allowed = Mapping[str, Callable[..., Any]]
 
 _LITERALS = frozenset(
@@ -33,6 +34,7 @@ _EMPTY: Mapping[str, Callable[[], Any]] = {
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEEP = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
+MOST_STEPS = 1_000_000  # each of which can take 200 bytes of memory; StyleGAN2 takes some 25,000
 
 
 class ForeignGlobalError(InputError):
@@ -64,7 +66,7 @@ def read_pickle(path: Path, allowed: Allowed) -> Any:
     """What the pickle in this file holds.
 
     Args:
-        path: the file; it is read as a whole.
+        path: the file; it is read as a whole, if it begins as a pickle.
         allowed: by module.name, the function that stands for each name that the pickle may call.
 
     Raises:
@@ -72,13 +74,14 @@ def read_pickle(path: Path, allowed: Allowed) -> Any:
             where that is a name. One line, which begins with the path.
     """
     try:
-        data = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: cannot be read (it is no regular file): give a file")
+        with path.open("rb") as file:
+            _check_start(path, file.read(4))
+            file.seek(0)
+            data = file.read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}): give a file") from error
-    if data.startswith(b"PK\x03\x04"):
-        raise InputError(f"{path}: is a zip archive and no pickle: unpack it, or give the .pkl file")
-    if not data.startswith(b"\x80"):
-        raise InputError(f"{path}: is no pickle (of protocol 2 or later): give the .pkl file")
     try:
         return load(io.BytesIO(data), allowed)
     except ForeignGlobalError as error:
@@ -88,18 +91,27 @@ def read_pickle(path: Path, allowed: Allowed) -> Any:
         raise InputError(f"{path}: {error}; nothing in it was executed") from error
 
 
-def load(stream: BinaryIO, allowed: Allowed, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """One pickle from `stream`, which is left after it. The stream must not be able to give more than it holds.
+def _check_start(path: Path, start: bytes) -> None:
+    if start == b"PK\x03\x04":
+        raise InputError(f"{path}: is a zip archive and no pickle: unpack it, or give the .pkl file")
+    if not start.startswith(b"\x80"):
+        raise InputError(f"{path}: is no pickle (of protocol 2 or later): give the .pkl file")
+
+
+def load(stream: io.BytesIO, allowed: Allowed, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """One pickle from `stream`, which is left after it.
 
     Args:
-        stream: of bytes.
+        stream: of bytes that are in memory: a file would make room for as many as an opcode claims to follow.
         allowed: see `read_pickle`.
         persistent: what a persistent id stands for; without it, such ids are refused.
 
     Raises:
         InputError: see `read_pickle`; without the path.
     """
-    machine = _Machine(allowed, persistent)
+    start = stream.tell()
+    machine = _Machine(allowed, persistent, size=stream.seek(0, io.SEEK_END) - start)
+    stream.seek(start)
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             machine.step(opcode.name, argument)
@@ -112,11 +124,15 @@ def load(stream: BinaryIO, allowed: Allowed, persistent: Callable[[Any], Any] | 
 
 
 class _Machine:
-    """The state that opcodes act on."""
+    """The state that opcodes act on, for a pickle of `size` bytes."""
 
-    def __init__(self, allowed: Allowed, persistent: Callable[[Any], Any] | None) -> None:
+    def __init__(self, allowed: Allowed, persistent: Callable[[Any], Any] | None, size: int) -> None:
         self._allowed = allowed
         self._persistent = persistent
+        self._steps = 0
+        # Characters and bytes that calls may still take, as the memo could give the same to each of many. Twice the
+        # size, because protocol 2 has bytes as text: they are taken as text first, and then as bytes.
+        self._left = 2 * size
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []  # stacks below a mark
         self._memo: dict[int, Any] = {}
@@ -126,6 +142,7 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         """Carry out one opcode."""
+        self._count(1)
         stack = self._stack
         if name in _LITERALS:
             stack.append(argument)
@@ -181,6 +198,7 @@ class _Machine:
             arguments, function = stack.pop(), stack.pop()
             if type(function) is not Global or type(arguments) is not tuple:
                 raise InputError(f"it calls a {type(function).__name__} by {name}")
+            self._charge(arguments)
             stack.append(self._allowed[function.name](*arguments))
         elif name == "BUILD":
             state, target = stack.pop(), stack[-1]
@@ -192,6 +210,18 @@ class _Machine:
             stack.append(self._persistent(stack.pop()))
         else:
             raise InputError(f"it uses the opcode {name}, which data does not need")
+
+    def _charge(self, arguments: tuple[Any, ...]) -> None:
+        """Count what a function may copy: as a step each item of a list, which took one to get there."""
+        self._count(sum(len(argument) for argument in arguments if type(argument) is list))
+        self._left -= sum(len(argument) for argument in arguments if type(argument) in (str, bytes))
+        if self._left < 0:
+            raise InputError("its calls take more than it holds")
+
+    def _count(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > MOST_STEPS:
+            raise InputError(f"it takes more than {MOST_STEPS} steps, which data of a network does not")
 
     def _named(self, name: str) -> Global:
         if name not in self._allowed:

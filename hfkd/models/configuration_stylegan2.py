@@ -32,6 +32,7 @@ class StyleGan2Config(PreTrainedConfig):
     conv_clamp: float | None = 256.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        named = self.id2label is not None or "num_labels" in kwargs
         super().__post_init__(**kwargs)
         size = self.image_size
         if size < 4 or size & (size - 1):
@@ -43,11 +44,12 @@ class StyleGan2Config(PreTrainedConfig):
         if self.conv_clamp is not None and self.conv_clamp <= 0:
             raise ValueError(f"conv_clamp={self.conv_clamp} must be above 0, or None")
         if self.num_classes:
-            self._name_classes()
+            self._name_classes(named)
 
-    def _name_classes(self) -> None:
+    def _name_classes(self, named: bool) -> None:
+        """Classes without names are LABEL_0 and so on; without being asked, transformers has two of them."""
         names: Any = self
-        if names.num_labels not in (2, self.num_classes):  # 2 is what it is where no names are given
+        if named and names.num_labels != self.num_classes:
             raise ValueError(
                 f"num_classes={self.num_classes} and the {names.num_labels} names of id2label do not fit each other"
             )

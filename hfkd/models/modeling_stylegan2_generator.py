@@ -202,8 +202,15 @@ class HfkdStyleGan2GeneratorModel(GeneratorPreTrainedModel):
             noise_mode: `random` takes `noise`, `const` the noise that is saved with the weights, `none` none.
 
         Raises:
-            ValueError: an unknown mode, noise of another size, or noise that is given without being taken.
+            ValueError: intermediate latents of another shape, an unknown mode, noise of another size, or noise that is
+                given without being taken.
         """
+        expected = (self.config.num_ws, self.config.w_dim)
+        if intermediate_latents.ndim != 3 or intermediate_latents.shape[1:] != expected:
+            raise ValueError(
+                f"intermediate_latents have shape {tuple(intermediate_latents.shape)}: an image takes "
+                f"{expected[0]} of {expected[1]} numbers each"
+            )
         images, features = self.synthesis(intermediate_latents, self._noise_of_layers(noise, noise_mode))
         return GeneratorOutput(images=images, block_features=features, intermediate_latents=intermediate_latents)
 

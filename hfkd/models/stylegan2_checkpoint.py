@@ -1,10 +1,10 @@
 """Reading the networks out of a pickle of StyleGAN2-ADA's PyTorch code, of which nothing is run.
 
 That code pickles a module together with its own source, for the loader to execute. Here the source is never looked
-at: a module is its class's name, its settings and its tensors, and our own models take both.
+at: a module is its settings and its tensors, and our own models take both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,17 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfkd.errors import InputError
-from hfkd.hub.pickled_tensors import TENSOR_NAMES
+from hfkd.hub.pickled_tensors import TENSOR_NAMES, empty_dict
 from hfkd.hub.restricted_pickle import Allowed, ForeignGlobalError, read_pickle
 from hfkd.models.configuration_stylegan2 import StyleGan2Config
-from hfkd.models.configuration_stylegan2_discriminator import HfkdStyleGan2DiscriminatorConfig
-from hfkd.models.configuration_stylegan2_generator import HfkdStyleGan2GeneratorConfig
 from hfkd.models.modeling_stylegan2_discriminator import HfkdStyleGan2DiscriminatorModel
 from hfkd.models.modeling_stylegan2_generator import HfkdStyleGan2GeneratorModel
 
 
 _LARGEST = 65536  # of any number among the settings
-_MOST_MODULES = 10_000
+_MOST_PARTS = 10_000  # modules and tensors of one network
+_LONGEST_NAME = 200  # of a module, with those it lies in
 _MEND = "only networks of NVlabs' stylegan2-ada-pytorch, or of the same structure, can be converted"
 
 # Setting of the original -> field of our configuration. Settings of the parts have the part's name before a dot.
@@ -85,9 +84,8 @@ class StyleGan2Networks:
 
 @dataclass(frozen=True)
 class _Persistent:
-    """A module of the original: its class and its attributes."""
+    """A module of the original, as its attributes."""
 
-    class_name: str
     state: dict[str, Any]
 
 
@@ -113,43 +111,32 @@ def read_stylegan2_ada(path: Path) -> StyleGan2Networks:
         if type(content) is not dict:
             raise InputError(f"holds a {type(content).__name__} and no networks: {_MEND}")
         return StyleGan2Networks(
-            generator=_read_generator(content.get("G_ema")), discriminator=_read_discriminator(content.get("D"))
+            generator=_network(content, "G_ema", _GENERATOR, HfkdStyleGan2GeneratorModel),
+            discriminator=_network(content, "D", _DISCRIMINATOR, HfkdStyleGan2DiscriminatorModel),
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _read_generator(module: Any) -> HfkdStyleGan2GeneratorModel:
-    fields = _settings(_as_module(module, "G_ema"), _GENERATOR, "G_ema")
-    config = _configured(HfkdStyleGan2GeneratorConfig, fields, "G_ema")
-    return _filled(HfkdStyleGan2GeneratorModel, config, _state_dict(module), "G_ema")
-
-
-def _read_discriminator(module: Any) -> HfkdStyleGan2DiscriminatorModel:
-    fields = _settings(_as_module(module, "D"), _DISCRIMINATOR, "D")
-    config = _configured(HfkdStyleGan2DiscriminatorConfig, fields, "D")
-    return _filled(HfkdStyleGan2DiscriminatorModel, config, _state_dict(module), "D")
-
-
-def _as_module(module: Any, name: str) -> _Persistent:
+def _network(content: Mapping[str, Any], name: str, known: Mapping[str, str], model_class: type[Model]) -> Model:
+    """The network of this name, as a model of ours whose fields are the `known` settings."""
+    module = content.get(name)
     if not isinstance(module, _Persistent):
         raise InputError(f"holds no network {name!r}: {_MEND}")
-    return module
+    config = _configured(model_class.config_class, _settings(module, known, name), name)
+    return _filled(model_class, config, _state_dict(module, name), name)
 
 
 def _settings(module: _Persistent, known: Mapping[str, str], name: str) -> dict[str, Any]:
     """Fields of our configuration from the arguments that the module was built with."""
-    arguments = module.state.get("_init_kwargs")
-    if type(arguments) is not dict or module.state.get("_init_args"):
+    arguments, others = module.state.get("_init_kwargs"), module.state.get("_init_args", ())
+    if type(arguments) is not dict or type(others) is not tuple or others:
         raise InputError(f"{name} does not say by which settings it was built: {_MEND}")
-    flat: dict[str, Any] = {}
-    for key, value in arguments.items():
-        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if type(value) is dict else {key: value}
     for key in _REQUIRED:
-        if key not in flat:
+        if key not in arguments:
             raise InputError(f"{name} has no setting {key}: {_MEND}")
     fields: dict[str, Any] = dict(_ORIGINAL_DEFAULTS)
-    for key, value in flat.items():
+    for key, value in _flat(arguments):
         if key in known:
             fields[known[key]] = _plain(value, f"{name}.{key}")
         elif key in _FIXED and not _equal(value, _FIXED[key]):
@@ -157,6 +144,15 @@ def _settings(module: _Persistent, known: Mapping[str, str], name: str) -> dict[
         elif key not in _FIXED and key not in _NEUTRAL:
             raise InputError(f"{name} has the setting {key[:60]!r}, which is not known here: {_MEND}")
     return fields
+
+
+def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings one by one, those of a part with its name before a dot."""
+    for key, value in arguments.items():
+        if type(value) is dict:
+            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
+        else:
+            yield key, value
 
 
 def _equal(value: Any, expected: Any) -> bool:
@@ -182,21 +178,25 @@ def _configured(config_class: type[Any], fields: Mapping[str, Any], name: str) -
         raise InputError(f"{name} cannot be built ({' '.join(str(error).split())}): {_MEND}") from error
 
 
-def _state_dict(root: _Persistent) -> dict[str, Tensor]:
+def _state_dict(root: _Persistent, network: str) -> dict[str, Tensor]:
     """Every tensor by its name, in the way that `Module.state_dict` names them."""
     found: dict[str, Tensor] = {}
     waiting: list[tuple[str, Any]] = [("", root)]
     seen: set[int] = set()
     while waiting:
         prefix, module = waiting.pop()
-        if not isinstance(module, _Persistent) or id(module) in seen or len(seen) > _MOST_MODULES:
-            raise InputError(f"holds at {prefix[:60]!r} something that is no module of its own: {_MEND}")
+        if len(prefix) > _LONGEST_NAME:
+            raise InputError(f"{network} has a module whose name is longer than {_LONGEST_NAME}: {_MEND}")
+        if not isinstance(module, _Persistent) or id(module) in seen:
+            raise InputError(f"{network} has at {prefix[:60]!r} something that is no module of its own: {_MEND}")
         seen.add(id(module))
         for kind in ("_parameters", "_buffers"):
             for name, tensor in _dict_of(module, kind).items():
                 if isinstance(tensor, Tensor):
                     found[prefix + name] = tensor
         waiting += [(f"{prefix}{name}.", child) for name, child in _dict_of(module, "_modules").items()]
+        if len(seen) + len(found) > _MOST_PARTS:
+            raise InputError(f"{network} has more than {_MOST_PARTS} modules and tensors: {_MEND}")
     return found
 
 
@@ -209,6 +209,8 @@ def _dict_of(module: _Persistent, name: str) -> dict[str, Any]:
 
 def _filled(model_class: type[Model], config: StyleGan2Config, tensors: Mapping[str, Tensor], name: str) -> Model:
     """The model with exactly these tensors, compared by name, shape and type before any memory is taken."""
+    if config.mapping_layers > len(tensors):
+        raise InputError(f"{name} has fewer tensors than its {config.mapping_layers} mapping layers: {_MEND}")
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
@@ -223,6 +225,11 @@ def _filled(model_class: type[Model], config: StyleGan2Config, tensors: Mapping[
             )
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
         raise InputError(f"{name} has tensors that share their values, which would grow when copied: {_MEND}")
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"{name} has values in {key} that are not finite: give an earlier snapshot of its training"
+            )
     copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True)
     return model.eval()
@@ -230,18 +237,12 @@ def _filled(model_class: type[Model], config: StyleGan2Config, tensors: Mapping[
 
 def _persistent_object(meta: Any) -> _Persistent:
     """What stands for `torch_utils.persistence._reconstruct_persistent_obj`, which would run the source in `meta`."""
-    if type(meta) is not dict or type(meta.get("class_name")) is not str or type(meta.get("state")) is not dict:
-        raise InputError("it holds a module without a class or a state")
-    return _Persistent(meta["class_name"], meta["state"])
-
-
-def _attribute_dict(*items: Any) -> dict[str, Any]:
-    if items:
-        raise InputError("it makes a dictionary of other things than keys and values")
-    return {}
+    if type(meta) is not dict or type(meta.get("state")) is not dict:
+        raise InputError("it holds a module without a state")
+    return _Persistent(meta["state"])
 
 
 _NVLABS_NAMES: Allowed = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
-    "dnnlib.util.EasyDict": _attribute_dict,
+    "dnnlib.util.EasyDict": empty_dict,
 }

@@ -167,7 +167,8 @@ class StyledConv(Resampling):
     """3x3 convolution of the generator, whose input channels a style scales, and whose output is demodulated.
 
     It is computed as a convolution of scaled maps, times d[n, o] = 1 / sqrt(sum_i s[n, i]^2 sum_kl W[o, i, k, l]^2 +
-    eps) afterwards, which needs no weights for each image (arXiv 1912.04958, section 2.2).
+    eps) afterwards, which needs no weights for each image (arXiv 1912.04958, section 2.2). In between, maps are
+    smaller by a power of two near the root of the number of inputs, so that float16 holds them; this rounds nothing.
 
     Args:
         in_channels, out_channels: of the convolution.
@@ -190,6 +191,7 @@ class StyledConv(Resampling):
         self.register_buffer("noise_const", torch.empty(resolution, resolution))
         self.up = up
         self.clamp = clamp
+        self.scale = 2.0 ** -round(math.log2(in_channels * 3**2) / 2)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -201,19 +203,20 @@ class StyledConv(Resampling):
     def demodulation(self, style: torch.Tensor) -> torch.Tensor:
         """d (N, out_channels) in float32 or more: with styles (N, in_channels), output then has unit variance."""
         with without_autocast(style):
-            style = style.to(self.weight.dtype)
-            return (style.square() @ self.weight.square().sum(dim=(2, 3)).T + EPSILON).rsqrt()
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            energy = self.weight.to(dtype).square().sum(dim=(2, 3))
+            return (style.to(dtype).square() @ energy.T + EPSILON).rsqrt()
 
     def forward(self, maps: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Maps (N, C, H, W), w (N, w_dim), noise (N or 1, 1, resolution, resolution) or None."""
         style = self.affine(w)
-        maps = maps * per_channel(style)
+        maps = maps * per_channel(style * self.scale)
         if self.up:
             maps = F.conv_transpose2d(maps, self.weight.transpose(0, 1), stride=2)
             maps = self.smooth(maps, padding=1, gain=4.0)
         else:
             maps = F.conv2d(maps, self.weight, padding=1)
-        maps = maps * per_channel(self.demodulation(style)).to(maps.dtype)
+        maps = maps * per_channel(self.demodulation(style) / self.scale).to(maps.dtype)
         if noise is not None:
             maps = maps + (noise * self.noise_strength).to(maps.dtype)
         return activate(maps + per_channel(self.bias[None]).to(maps.dtype), self.clamp)
@@ -248,6 +251,8 @@ class ToRgb(StyleGan2Layer):
 class MappingNetwork(StyleGan2Layer):
     """Fully connected layers from latents, and the embedding of a class, to an intermediate latent w.
 
+    Under autocast they remain in full precision, as every map depends on w.
+
     Args:
         latent_size: of the latents, or 0 where there is nothing but the class.
         num_classes: 0 for none.
@@ -281,13 +286,14 @@ class MappingNetwork(StyleGan2Layer):
 
     def forward(self, latents: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
         """w (N, w_dim) of latents (N, latent_size) and class numbers (N,), of which one may not be wanted."""
-        parts = [] if latents is None else [normalized(latents)]
-        if labels is not None:
-            one_hot = F.one_hot(labels, self.num_classes).to(self.embed.weight.dtype)
-            parts.append(normalized(self.embed(one_hot)))
-        w = torch.cat(parts, dim=1)
-        for number in range(self.num_layers):
-            w = self.get_submodule(f"fc{number}")(w)
+        weight = next(self.parameters())
+        with without_autocast(weight):
+            parts = [] if latents is None else [normalized(latents.to(weight.dtype))]
+            if labels is not None:
+                parts.append(normalized(self.embed(F.one_hot(labels, self.num_classes).to(weight.dtype))))
+            w = torch.cat(parts, dim=1)
+            for number in range(self.num_layers):
+                w = self.get_submodule(f"fc{number}")(w)
         if self.training and self.track_mean:
             with torch.no_grad():
                 self.w_avg.lerp_(w.mean(dim=0).to(self.w_avg.dtype), 1 - W_AVG_DECAY)

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from nvlabs_pickle import discriminator_settings, nvlabs_names, persistent, writ
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from hfkd.errors import InputError
 from hfkd.hub.manifest import file_sha256, verify_manifest
 from hfkd.models import (
     HfkdMlpConfig,
@@ -22,6 +25,7 @@ from hfkd.models import (
     HfkdStyleGan2DiscriminatorModel,
     HfkdStyleGan2GeneratorConfig,
     HfkdStyleGan2GeneratorModel,
+    stylegan2_checkpoint,
 )
 from hfkd.scripts.cli import main
 
@@ -80,7 +84,12 @@ def test_every_tensor_arrives_bit_by_bit(converted):
 
 @pytest.mark.parametrize(
     ("protocol", "architecture", "settings"),
-    [(2, "orig", {}), (4, "resnet", {"num_classes": 3}), (5, "resnet", {"num_channels": 1})],
+    [
+        (2, "orig", {}),
+        (4, "resnet", {"num_classes": 3}),
+        (5, "resnet", {"num_channels": 1}),
+        (3, "orig", {"num_channels": 4}),  # no picture can show, nor a stock processor make these
+    ],
 )
 def test_other_protocols_and_networks(tmp_path, protocol, architecture, settings):
     generator, discriminator = networks(architecture, **settings)
@@ -90,6 +99,7 @@ def test_other_protocols_and_networks(tmp_path, protocol, architecture, settings
     assert_same_tensors(tmp_path / "gan/discriminator", discriminator)
     assert loaded.config.num_classes == settings.get("num_classes", 0)
     assert loaded.sample(3, seed=0).shape == (3, settings.get("num_channels", 3), 8, 8)
+    assert (tmp_path / "gan/samples.png").exists() == (settings.get("num_channels", 3) != 4)
 
 
 def test_settings_that_are_left_out_are_the_originals_defaults(tmp_path):
@@ -203,6 +213,11 @@ def test_other_structures_are_refused_by_name(tmp_path, capsys):
         ({"generator_changes": {"synthesis_kwargs": {"architecture": "resnet"}}}, "architecture other than 'skip'"),
         ({"discriminator_changes": {"architecture": "resnet"}}, "D lacks tensor 'b8.skip.resample_filter'"),
         ({"discriminator_changes": {"cmap_dim": 512}}, "D has cmap_dim other than None"),
+        (
+            {"generator_changes": {"mapping_kwargs": {"num_layers": 60_000}}},
+            "fewer tensors than its 60000 mapping layers",
+        ),
+        ({"discriminator_changes": {"architecture": None}}, "D cannot be built"),
         ({"D": None}, "holds no network 'D'"),
         ({"D": persistent(foreign, **discriminator_settings(discriminator.config))}, "D lacks tensor"),
         ({"D": persistent(generator)}, "D has no setting c_dim"),
@@ -225,11 +240,84 @@ def test_modules_that_repeat_are_refused(tmp_path, capsys):
         assert part in refused(capsys, write_snapshot(snapshot, generator, discriminator, D=judge), tmp_path / "gan")
 
 
+def with_child(judge, name, tensors):
+    """`judge` with one more module, which has these tensors."""
+    child = persistent(torch.nn.Module())
+    child.__dict__["_parameters"] = tensors
+    judge.add_module(name, child)
+    return child
+
+
+def test_small_files_that_stand_for_much_are_refused(tmp_path, capsys):
+    """By what one dictionary is when many modules have it, and one name when each level repeats it."""
+    generator, discriminator = networks()
+    one = torch.nn.Parameter(torch.zeros(1))
+    judges = [persistent(discriminator, **discriminator_settings(discriminator.config)) for _ in range(3)]
+    shared = {f"t{number}": one for number in range(200)}
+    for number in range(60):
+        with_child(judges[0], f"m{number}", shared)
+    inner = judges[1]
+    for _ in range(5):
+        inner = with_child(inner, "x" * 60, {})
+    judges[2]._init_args = torch.zeros(2)  # whose truth is ambiguous
+    for judge, part in (
+        (judges[0], "more than 10000 modules and tensors"),
+        (judges[1], "longer than 200"),
+        (judges[2], "D does not say by which settings"),
+    ):
+        snapshot = write_snapshot(tmp_path / "snapshot.pkl", generator, discriminator, D=judge)
+        assert part in refused(capsys, snapshot, tmp_path / "gan")
+
+
+def test_unknown_settings_are_not_gathered():
+    """One dictionary of them, as the value of many others, would be as many times as large."""
+    part = {f"b{inner}": 0 for inner in range(200)}
+    settings = {"c_dim": 0, "img_resolution": 8, "img_channels": 3, **{f"a{outer}": part for outer in range(200)}}
+    module = stylegan2_checkpoint._Persistent(state={"_init_kwargs": settings})
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="'a0.b0', which is not known"):
+            stylegan2_checkpoint._settings(module, stylegan2_checkpoint._GENERATOR, "G_ema")
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, capsys):
+    """Training that has diverged leaves such a snapshot."""
+    generator, discriminator = networks()
+    generator.synthesis.b8.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    snapshot = write_snapshot(tmp_path / "snapshot.pkl", generator, discriminator)
+    error = refused(capsys, snapshot, tmp_path / "gan")
+    assert "G_ema has values in synthesis.b8.conv1.weight that are not finite" in error and "earlier" in error
+
+
 def test_half_precision_tensors_are_refused(tmp_path, capsys):
     generator, discriminator = networks()
     judge = persistent(discriminator, **discriminator_settings(discriminator.config)).half()
     snapshot = write_snapshot(tmp_path / "snapshot.pkl", generator, discriminator, D=judge)
     assert "torch.float16, not" in refused(capsys, snapshot, tmp_path / "gan")
+
+
+def test_a_link_to_an_empty_folder_stays_one(converted, tmp_path):
+    """And the networks go where it points, which may be another disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "gan").symlink_to("large")
+    assert convert(converted.snapshot, tmp_path / "gan") == 0
+    assert (tmp_path / "gan").is_symlink() and (tmp_path / "large/config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gan", "large"]
+
+
+def test_the_folder_one_is_in(converted, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert convert(converted.snapshot, Path(".")) == 0
+    assert (tmp_path / "here/config.json").is_file()
+
+
+def test_a_folder_whose_name_is_none(converted, tmp_path, capsys):
+    assert convert(converted.snapshot, tmp_path / ("x" * 300)) == 2
+    assert "File name too long" in capsys.readouterr().err
 
 
 def test_the_snapshots_names_are_nowhere_to_be_imported():

@@ -1,4 +1,4 @@
-"""StyleGAN2's generator and discriminator: counts, identities, noise, classes, gradients, and what is saved."""
+"""StyleGAN2's generator and discriminator: counts, noise, classes, gradients, and what is saved."""
 
 import ast
 import json
@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from clean_process import run_clean
 from safetensors.torch import load_file, save_file
+from tiny_stylegan2 import SIZES, draws, tiny_discriminator, tiny_generator
 from transformers import AutoModel
 
 from hfkd.models import (
@@ -20,34 +20,9 @@ from hfkd.models import (
     HfkdStyleGan2GeneratorModel,
     code_files,
 )
-from hfkd.models.stylegan2_layers import MinibatchStd, StyledConv
 
 
-SIZES = {"image_size": 16, "channel_base": 128, "channel_max": 10, "mapping_layers": 2}
-
-
-def tiny_generator(**settings):
-    """Three blocks of 10, 10 and 8 channels, in float64, with noise that counts."""
-    config = HfkdStyleGan2GeneratorConfig(**{"latent_size": 6, "w_dim": 5, **SIZES, **settings})
-    model = HfkdStyleGan2GeneratorModel(config).double().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("noise_strength", "bias")):
-                parameter.add_(torch.randn_like(parameter) / 5)
-        model.mapping.w_avg.normal_()
-    return model
-
-
-def tiny_discriminator(**settings):
-    return HfkdStyleGan2DiscriminatorModel(HfkdStyleGan2DiscriminatorConfig(**{**SIZES, **settings})).double()
-
-
-def draws(model, n=3, seed=0):
-    drawn = model.draw_inputs(n, torch.Generator().manual_seed(seed))
-    return {name: value.double() for name, value in drawn.items()}
-
-
-# -- sizes -----------------------------------------------------------------------------------------
+# -- sizes ----------------------------------------------------------------------------------------
 
 
 def test_cifar_generator_has_the_published_sizes():
@@ -125,109 +100,7 @@ def test_fresh_weights():
     assert not state["mapping.w_avg"].any()
 
 
-# -- the formulas ----------------------------------------------------------------------------------
-
-
-def reference(state, config, latents, noise):
-    """Images and features from the state alone: weights of its own for each image, filters on zero-filled maps."""
-
-    def linear(name, x, lr=1.0):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        return x @ (weight * lr / math.sqrt(weight.shape[1])).T + bias * lr
-
-    def act(x):
-        return torch.where(x > 0, x, 0.2 * x) * math.sqrt(2)
-
-    def double(x):
-        """Zeros between the positions, then the filter [1, 3, 3, 1]/4 along both sides."""
-        n, channels, side, _ = x.shape
-        spread = x.new_zeros(n, channels, 2 * side, 2 * side)
-        spread[:, :, ::2, ::2] = x
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) / 4
-        kernel = torch.outer(taps, taps).view(1, 1, 4, 4)
-        return F.conv2d(F.pad(spread, (2, 1, 2, 1)).flatten(0, 1)[:, None], kernel).view(n, channels, 2 * side, -1)
-
-    def conv(name, x, w, up, noise):
-        style, weight = linear(f"{name}.affine", w), state[f"{name}.weight"]
-        outputs = []
-        for image, s in zip(x, style, strict=True):
-            own = weight * s[None, :, None, None]
-            own = own / (own.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
-            if up:
-                grown = F.conv_transpose2d(image[None], own.transpose(0, 1), stride=2)
-                taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) / 4
-                kernel = torch.outer(taps, taps).view(1, 1, 4, 4)
-                outputs.append(F.conv2d(F.pad(grown, (1, 1, 1, 1)).transpose(0, 1), kernel).transpose(0, 1))
-            else:
-                outputs.append(F.conv2d(image[None], own, padding=1))
-        x = torch.cat(outputs) + state[f"{name}.noise_strength"] * noise
-        return act(x + state[f"{name}.bias"][:, None, None])
-
-    def colours(name, x, w):
-        style, weight = linear(f"{name}.affine", w) / math.sqrt(x.shape[1]), state[f"{name}.weight"][:, :, 0, 0]
-        return torch.einsum("nihw,ni,oi->nohw", x, style, weight) + state[f"{name}.bias"][:, None, None]
-
-    w = latents / (latents.square().mean(dim=1, keepdim=True) + 1e-8).sqrt()
-    for number in range(config.mapping_layers):
-        w = act(linear(f"mapping.fc{number}", w, 0.01))
-    x, image, features, used = state["synthesis.b4.const"].expand(len(w), -1, -1, -1), None, [], 0
-    for r in config.resolutions:
-        for k in (1,) if r == 4 else (0, 1):
-            layer_noise = noise[:, used : used + r * r].view(-1, 1, r, r)
-            x, used = conv(f"synthesis.b{r}.conv{k}", x, w, r > 4 and k == 0, layer_noise), used + r * r
-        rgb = colours(f"synthesis.b{r}.torgb", x, w)
-        image = rgb if image is None else double(image) + rgb
-        features.append(x)
-    return image, features
-
-
-def test_forward_equals_the_formulas():
-    model = tiny_generator()
-    inputs = draws(model)
-    output = model(**inputs)
-    images, features = reference(model.state_dict(), model.config, **inputs)
-    torch.testing.assert_close(output.images, images)
-    torch.testing.assert_close(list(output.block_features), features)
-    assert output.latents is inputs["latents"]
-    assert torch.equal(model(**inputs, return_dict=False)[0], output.images)
-
-
-def test_a_small_clamp_limits_every_map():
-    model = tiny_generator(conv_clamp=0.5)
-    assert all(f.abs().max() == 0.5 for f in model(**draws(model)).block_features)
-
-
-def test_mapping_takes_the_direction_of_latents_only():
-    model, inputs = tiny_generator(), draws(tiny_generator())
-    longer = model.mapping(7 * inputs["latents"], None)
-    torch.testing.assert_close(longer, model.mapping(inputs["latents"], None), atol=1e-7, rtol=1e-6)
-
-
-@pytest.mark.parametrize("up", [False, True])
-def test_demodulation_takes_the_scale_of_styles_away(up):
-    layer = StyledConv(4, 3, 5, 8, up=up, clamp=None).double()
-    layer.reset_parameters()
-    layer.affine.reset_parameters()
-    maps, w = torch.randn(2, 4, 4 if up else 8, 4 if up else 8).double(), torch.randn(2, 5).double()
-    before = layer(maps, w, None)
-    with torch.no_grad():
-        layer.affine.weight.mul_(-3)
-        layer.affine.bias.mul_(-3)
-    torch.testing.assert_close(layer(maps, w, None).abs() > 0, before.abs() > 0)
-    with torch.no_grad():
-        layer.affine.weight.mul_(-1)
-        layer.affine.bias.mul_(-1)
-    torch.testing.assert_close(layer(maps, w, None), before, atol=1e-7, rtol=1e-6)
-    assert before.shape == (2, 3, 8, 8)
-
-
-def test_filters_keep_constants_inside():
-    block = tiny_generator().synthesis.b8
-    ones = torch.ones(1, 2, 6, 6).double()
-    assert block.upsample(ones)[:, :, 2:-2, 2:-2].sub(1).abs().max() < 1e-12
-    assert block.upsample(ones).shape[-1] == 12
-    halved = block.smooth(ones, stride=2, padding=1)
-    assert halved.shape[-1] == 3 and halved[0, 0, 1, 1] == 1
+# -- noise and styles -----------------------------------------------------------------------------
 
 
 def test_noise_modes():
@@ -242,7 +115,7 @@ def test_noise_modes():
     with torch.no_grad():
         for layer in model.synthesis.layers():
             layer.noise_strength.zero_()
-    assert torch.equal(model(**inputs).images, quiet.mul(0).add(model(inputs["latents"]).images))
+    assert torch.equal(model(**inputs).images, quiet)
     with pytest.raises(ValueError, match="noise_mode='const' takes none"):
         model(**inputs, noise_mode="const")
     with pytest.raises(ValueError, match="noise_mode='loud' is unknown"):
@@ -302,9 +175,13 @@ def test_latents_and_styles_give_the_same():
     output = model(**inputs)
     again = model.synthesize(output.intermediate_latents, inputs["noise"])
     assert torch.equal(again.images, output.images)
+    for ws in (torch.zeros(2, 7, 5), torch.zeros(2, 5, 5), torch.zeros(2, 6, 4), torch.zeros(6, 5)):
+        with pytest.raises(ValueError, match="an image takes 6 of 5 numbers each") as caught:
+            model.synthesize(ws.double())
+        assert str(tuple(ws.shape)) in str(caught.value)
 
 
-# -- classes, samples, gradients -------------------------------------------------------------------
+# -- classes, samples, gradients ------------------------------------------------------------------
 
 
 def test_a_generator_of_classes():
@@ -379,24 +256,13 @@ def test_bfloat16_autocast_is_close():
         with torch.autocast("cpu", torch.bfloat16):
             rough = generator(**inputs)
             rough_logits = discriminator(plain.images).logits
+    assert torch.equal(rough.intermediate_latents, plain.intermediate_latents)  # the mapping is in full precision
     assert rough.images.dtype == torch.float32 and rough.block_features[-1].dtype == torch.bfloat16
     assert 0 < (rough.images - plain.images).abs().max() < 0.05 * plain.images.abs().max()
     torch.testing.assert_close(rough_logits.float(), logits, atol=0.05, rtol=0.1)
 
 
-# -- the discriminator -----------------------------------------------------------------------------
-
-
-def test_deviation_within_groups():
-    maps = torch.tensor([0.0, 10.0, 2.0, 30.0]).double().view(4, 1, 1, 1).expand(4, 2, 3, 3)
-    added = {size: MinibatchStd(size)(maps)[:, -1] for size in (1, 2, 3, 4, None)}
-    root = torch.tensor(1e-8).double().sqrt().item()
-    assert added[1].flatten().tolist() == pytest.approx([root] * 36)
-    assert added[2][:, 0, 0].tolist() == pytest.approx([1, 10, 1, 10])  # images 0 and 2, 1 and 3
-    assert torch.equal(added[3], added[2])  # three do not divide four
-    assert torch.equal(added[4], added[None])
-    torch.testing.assert_close(added[4], maps[:, 0].std(dim=0, correction=0).expand(4, 3, 3))
-    assert torch.equal(MinibatchStd(4)(maps)[:, :2], maps)
+# -- the discriminator ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["orig", "resnet"])
@@ -424,18 +290,6 @@ def test_the_papers_discriminator_features():
     assert model.config.mbstd_group_size == 32 and not any("skip" in name for name in model.state_dict())
 
 
-def test_a_shortcut_is_half_of_the_variance():
-    model = tiny_discriminator()
-    block, maps = model.b8, torch.randn(2, 10, 8, 8).double()
-    with torch.no_grad():
-        block.conv1.weight.zero_()
-        expected = F.conv2d(
-            F.avg_pool2d(F.pad(maps, (1, 1, 1, 1)), 1), block.resample_filter.expand(10, 1, 4, 4), stride=2, groups=10
-        )
-        expected = F.conv2d(expected, block.skip.weight / math.sqrt(10)) * math.sqrt(0.5)
-        torch.testing.assert_close(block(maps), expected)
-
-
 def test_a_discriminator_of_classes():
     model = tiny_discriminator(num_classes=3)
     images, labels = torch.randn(2, 3, 16, 16).double(), torch.tensor([2, 0])
@@ -461,6 +315,12 @@ def test_unfit_inputs_and_fields_are_refused():
         (HfkdStyleGan2GeneratorConfig, {"channel_base": 16}, "channel_base=16 must be at least 32"),
         (HfkdStyleGan2GeneratorConfig, {"conv_clamp": -1.0}, "conv_clamp=-1.0 must be above 0"),
         (HfkdStyleGan2GeneratorConfig, {"num_classes": 4, "num_labels": 3}, "the 3 names of id2label"),
+        (HfkdStyleGan2GeneratorConfig, {"num_classes": 4, "num_labels": 2}, "the 2 names of id2label"),
+        (
+            HfkdStyleGan2GeneratorConfig,
+            {"num_classes": 4, "id2label": {0: "cat", 1: "dog"}},
+            "the 2 names of id2label",
+        ),
         (HfkdStyleGan2DiscriminatorConfig, {"image_size": 4}, "image_size=4 must be at least 8"),
         (HfkdStyleGan2DiscriminatorConfig, {"architecture": "skip"}, "architecture='skip' is unknown"),
         (HfkdStyleGan2DiscriminatorConfig, {"features": "all"}, "features='all' is unknown"),
@@ -471,7 +331,8 @@ def test_unfit_inputs_and_fields_are_refused():
         assert "\n" not in str(caught.value)
 
 
-# -- saving ----------------------------------------------------------------------------------------
+# -- saving ---------------------------------------------------------------------------------------
+
 
 CODE = {
     "generator": {"configuration_stylegan2_generator.py", "modeling_stylegan2_generator.py", "generator.py"},
@@ -482,6 +343,8 @@ CODE = {
         "discriminator.py",
     },
 }
+
+
 LOAD = """
 import torch
 from transformers import AutoModel
