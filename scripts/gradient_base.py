@@ -48,6 +48,13 @@ class GradientBaseArguments:
         },
     )
     ntk_head: bool = field(default=True, metadata={"help": "Scale the raw weights on activations, too."})
+    whiten: bool = field(
+        default=False,
+        metadata={
+            "help": "Whiten what enters the layers of theta2, in the modes full and gradient (ours): the same "
+            "functions by far fewer updates."
+        },
+    )
     fold_batch_norm: bool = field(default=True, metadata={"help": "Fold batch norms into convolutions (paper: yes)."})
     gradient_theta1: Source = field(
         default="pretrained",
@@ -58,9 +65,10 @@ class GradientBaseArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.mode in ("activation", "finetune") and (self.ntk != "fan_out" or not self.ntk_head):
+        if self.mode in ("activation", "finetune") and (self.ntk != "fan_out" or not self.ntk_head or self.whiten):
             raise InputError(
-                f"ntk={self.ntk}, ntk_head={self.ntk_head} have no effect with mode={self.mode}: leave out"
+                f"ntk={self.ntk}, ntk_head={self.ntk_head}, whiten={self.whiten} have no effect with "
+                f"mode={self.mode}: leave out"
             )
         if "random" in (self.gradient_theta1, self.gradient_theta2) and self.mode not in ("full", "gradient"):
             raise InputError(
@@ -136,6 +144,7 @@ def build_model(
         mode=arguments.mode,
         ntk=arguments.ntk if arguments.mode in ("full", "gradient") else None,
         ntk_head=arguments.ntk_head,
+        whiten=arguments.whiten,
         fold_batch_norm=arguments.fold_batch_norm,
         gradient_base=_fresh(base, student_seed(seed, 1)) if random else None,
     )

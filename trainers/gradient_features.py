@@ -24,6 +24,7 @@ from hfkd.evaluation.classifier import classifier_metrics
 from hfkd.evaluation.crops import mean_prediction
 from hfkd.evaluation.logistic_regression import fit_logistic_regression
 from hfkd.losses.gradient_features import classification_loss
+from hfkd.models.whitening import InputMoments, inverse_root
 
 from .cached_activations import CachedActivations, CachedActivationsConfig
 from .cohort_checks import check_batches, check_images, check_labels, columns_of, common_precision, parts_of
@@ -193,6 +194,8 @@ class GradientFeaturesTrainer(CachedActivations):
     def fit_omega(self) -> None:
         """Step 2: logistic regression on the features of the training images; w1 starts there, and w2 at zero.
 
+        Of a model with whitened layer inputs these are measured too.
+
         Raises:
             InputError: w2 has been trained, or labels that no classifier fits.
             RunError: the fit failed.
@@ -218,16 +221,25 @@ class GradientFeaturesTrainer(CachedActivations):
         loader = self._loader(source, self.args.eval_batch_size, train=False)
         self.model.eval()
         features, labels = [], []
+        moments = InputMoments(self._backbone.whitened_layers())
         bar = tqdm(loader, desc="Features for omega", unit="batch", delay=2, disable=self.args.disable_tqdm)
-        with torch.no_grad():
+        with torch.no_grad(), moments:
             for inputs in bar:
                 batch = self._materialise(source, inputs)
                 with self.autocast():
                     feature = full_precision(self.training_features(batch["pixel_values"]))
+                    if moments.layers and self._backbone.gradient_base is not None:
+                        self._backbone.gradient_base(pixel_values=batch["pixel_values"], return_dict=True)
                 gathered = self.accelerator.gather_for_metrics((feature, batch["labels"]))
                 features.append(gathered[0].cpu())
                 labels.append(gathered[1].cpu())
+            if moments.layers:
+                self._whiten(moments)
         return torch.cat(features), torch.cat(labels)
+
+    def _whiten(self, moments: InputMoments) -> None:
+        for name, root in self._backbone.whitening.named_buffers():
+            root.copy_(inverse_root(self.accelerator.reduce(moments.sums[name])))
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 
@@ -262,7 +274,9 @@ class GradientFeaturesTrainer(CachedActivations):
         """What is linearised, and how, comes first: it is the model's, not the run's."""
         config = self.model.config
         layers = dict.fromkeys(name.rpartition(".")[0] for name in config.theta2)
-        scales = {"ntk": config.ntk, "ntk_head": config.ntk_head} if config.mode in ("full", "gradient") else {}
+        scales: dict[str, Any] = {}
+        if config.mode in ("full", "gradient"):
+            scales = {"ntk": config.ntk, "ntk_head": config.ntk_head, "whiten": config.whiten}
         return {"mode": config.mode, "theta2": list(layers), **scales, **super().card_settings()}
 
     # -- evaluation --------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class HfkdGradientFeaturesConfig(PreTrainedConfig):
         ntk: scale of the raw weights, by `fan_out` (the authors' code), `fan_in`, or `none`. It says what the saved
             weights mean: a trained model under another scale is another function.
         ntk_head: whether w1 and b1 are scaled too (in the authors' code they are, the paper speaks of theta_2 only).
+        whiten: whether raw weights on gradients are those of whitened layer inputs (ours; `hfkd.models.whitening`).
         separate_gradient_base: whether the gradient branch has a base of its own (the paper's ablation).
 
     Raises:
@@ -63,6 +64,7 @@ class HfkdGradientFeaturesConfig(PreTrainedConfig):
     mode: str = "full"
     ntk: str = "fan_out"
     ntk_head: bool = True
+    whiten: bool = False
     separate_gradient_base: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -76,6 +78,10 @@ class HfkdGradientFeaturesConfig(PreTrainedConfig):
         self.folded = [list(pair) for pair in self.folded]
         check_choice("mode", self.mode, MODES)
         check_choice("ntk", self.ntk, NTK_SCALES)
+        if self.whiten and self.mode not in ("full", "gradient"):
+            raise ValueError(
+                f"whiten=True has no effect with mode={self.mode!r}, which has no gradients: leave it out"
+            )
         self.auto_map = full_auto_map(type(self))
 
     # Processors, probes and pipelines read the images' shape here.

@@ -45,6 +45,7 @@ def build_gradient_features(
     mode: str = "full",
     ntk: str | None = None,
     ntk_head: bool = True,
+    whiten: bool = False,
     fold_batch_norm: bool = True,
     gradient_base: PreTrainedModel | None = None,
 ) -> HfkdGradientFeaturesForImageClassification:
@@ -61,6 +62,8 @@ def build_gradient_features(
         ntk: scale of the raw weights: `fan_out`, `fan_in` or `none`. By default, as in the authors' code, `fan_out`
             where there are gradients, and `none` in the modes `activation` and `finetune`.
         ntk_head: whether w1 and b1 are scaled too.
+        whiten: raw weights on gradients are those of whitened layer inputs (ours), which spans the same functions and
+            needs far fewer updates; `GradientFeaturesTrainer` measures the inputs when it fits omega.
         fold_batch_norm: fold batch norms into the convolutions before them (paper, section 3.3). A norm that is not
             folded is linearised like any layer.
         gradient_base: a network of the same architecture for the gradient branch alone (the paper's ablation).
@@ -70,6 +73,8 @@ def build_gradient_features(
             forward-mode derivative; names that match nothing or overlap; a gradient base of another architecture.
     """
     names = _checked_names(class_names)
+    if whiten and mode not in ("full", "gradient"):
+        raise InputError(f"whiten=True has no effect with mode={mode!r}, which has no gradients: leave it out")
     classifier = as_classifier(base)
     last = find_classifier(classifier)
     channels = getattr(classifier.config, "num_channels", 3)
@@ -84,6 +89,7 @@ def build_gradient_features(
         mode=mode,
         ntk=ntk or ("fan_out" if mode in ("full", "gradient") else "none"),
         ntk_head=ntk_head,
+        whiten=whiten,
         separate_gradient_base=gradient_base is not None,
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},

@@ -23,19 +23,38 @@ def ntk_scale(shape: Sequence[int], kind: str) -> float:
     return shape[0] ** -0.5 if kind == "fan_out" else math.prod(shape[1:]) ** -0.5
 
 
-class WeightTree(nn.Module):
-    """Zero parameters under the dotted names of others: `named_parameters()` reads like those of the base."""
+class NamedTree(nn.Module):
+    """Tensors under the dotted names of a base's parameters: `named_parameters()`, say, reads like that of the base.
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    Args:
+        tensors: by name; an `nn.Parameter` becomes one, another tensor a buffer.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        for name, shape in shapes.items():
+        for name, tensor in tensors.items():
             *path, leaf = name.split(".")
             node: nn.Module = self
             for part in path:
                 if part not in node._modules:
                     node.add_module(part, nn.Module())
                 node = node.get_submodule(part)
-            node.register_parameter(leaf, nn.Parameter(torch.zeros(*shape)))
+            if isinstance(tensor, nn.Parameter):
+                node.register_parameter(leaf, tensor)
+            else:
+                node.register_buffer(leaf, tensor)
+
+
+def layers_to_whiten(base: nn.Module, names: Iterable[str]) -> dict[str, nn.Conv2d | nn.Linear]:
+    """By parameter, the layers whose weight is among `names` and multiplies all channels of their input."""
+    layers: dict[str, nn.Conv2d | nn.Linear] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        layer = base.get_submodule(owner)
+        dense = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+        if leaf == "weight" and dense:
+            layers[name] = layer  # type: ignore[assignment]
+    return layers
 
 
 def take_classifier_away(base: nn.Module, classifier: str) -> None:

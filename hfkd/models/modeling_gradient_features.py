@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention, 
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gradient_features import HfkdGradientFeaturesConfig
-from .linearization import WeightTree, ntk_scale, remove_folded_norms, take_classifier_away
+from .linearization import NamedTree, layers_to_whiten, ntk_scale, remove_folded_norms, take_classifier_away
 from .modeling_bigan_encoder import HfkdBiganEncoderForImageClassification
 from .modeling_mlp import HfkdMlpForImageClassification
 from .modeling_resnet import HfkdResNetForImageClassification
@@ -94,6 +94,7 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
         base: the network without its classifier; its `logits` are f(x). Frozen, but for theta_2 in `finetune`.
         gradient_base: the gradient branch's own network, where `config.separate_gradient_base`; else None.
         gradient_weights: w2 in raw coordinates, under the names of theta_2; None in the modes without gradients.
+        whitening: P (C, C) by the name of its layer's weight, where `config.whiten`; else None. Identities at first.
     """
 
     def __init__(self, config: HfkdGradientFeaturesConfig) -> None:
@@ -104,7 +105,10 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
         self.base = self.build_base(config)
         self.gradient_base = self.build_base(config) if linearised and config.separate_gradient_base else None
         theta2 = self.theta2()
-        self.gradient_weights = WeightTree({n: p.shape for n, p in theta2.items()}) if linearised else None
+        raw = {name: nn.Parameter(torch.zeros(parameter.shape)) for name, parameter in theta2.items()}
+        self.gradient_weights = NamedTree(raw) if linearised else None
+        widths = {name: theta2[name].shape[1] for name in self.whitened_layers()}
+        self.whitening = NamedTree({name: torch.eye(width) for name, width in widths.items()}) if widths else None
         self.scales = {name: ntk_scale(parameter.shape, config.ntk) for name, parameter in theta2.items()}
         self.post_init()
         self.train(self.training)
@@ -142,10 +146,22 @@ class HfkdGradientFeaturesModel(GradientFeaturesPreTrainedModel):
         return {name: self.linearised_base.get_parameter(name) for name in self.config.theta2}
 
     def direction(self) -> dict[str, torch.Tensor]:
-        """w2 in the base's own coordinates: scale times raw weights, by name."""
+        """w2 in the base's own coordinates, by name."""
         if self.gradient_weights is None:
             raise ValueError(f"mode={self.config.mode!r} has no gradient weights")
-        return {name: self.scales[name] * weight for name, weight in self.gradient_weights.named_parameters()}
+        return self.in_base_coordinates(dict(self.gradient_weights.named_parameters()))
+
+    def in_base_coordinates(self, raw: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What raw weights stand for: scale times raw weights, times P over input channels where they are whitened."""
+        scaled = {name: self.scales[name] * weight for name, weight in raw.items()}
+        if self.whitening is not None:
+            for name, root in self.whitening.named_buffers():
+                scaled[name] = torch.einsum("oi...,ij->oj...", scaled[name], root).to(raw[name].dtype)
+        return scaled
+
+    def whitened_layers(self) -> dict[str, Any]:
+        """Layers of the linearised base whose inputs are whitened, by the name of their weight."""
+        return layers_to_whiten(self.linearised_base, self.config.theta2) if self.config.whiten else {}
 
     def features_at(self, theta2: dict[str, torch.Tensor], pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """f(x) (N, d) of the linearised base with other values of theta_2, for `torch.func`."""
@@ -272,7 +288,8 @@ class HfkdGradientFeaturesForImageClassification(GradientFeaturesPreTrainedModel
         theta2 = {name: parameter.detach() for name, parameter in backbone.theta2().items()}
 
         def logits(raw: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-            moved = {name: theta2[name] + backbone.scales[name] * raw[name] for name in theta2}
+            steps = backbone.in_base_coordinates(raw)
+            moved = {name: theta2[name] + steps[name] for name in theta2}
             return F.linear(backbone.features_at(moved, image[None])[0], omega)
 
         zeros = {name: torch.zeros_like(value) for name, value in theta2.items()}

@@ -116,6 +116,18 @@ def test_resume_goes_on_to_the_same_bits(finished, tmp_path, capsys):
     assert (tmp_path / "run/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+def test_whitened_inputs_by_option_and_in_the_card(base, tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--config", "digits", "--base", base, "--whiten", "--max_steps", 2, "--output_dir", folder]
+    code, _, error = hfkd(capsys, "train", "gradient-features", "--use_cpu", "true", *options)
+    assert code == 0, error
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.whiten and all(
+        (root != torch.eye(len(root))).any() for root in model.backbone.whitening.buffers()
+    )
+    assert "| `whiten` | `True` |" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("mode", ["activation", "gradient", "finetune"])
 def test_other_modes(base, tmp_path, capsys, mode):
     code, _, error = hfkd(
@@ -247,6 +259,10 @@ def test_the_codes_recipe_is_the_codes_preset():
         (["--base", "BASE", "--theta2"], "argument --theta2: expected at least one argument"),
         (["--base", "BASE", "--mode", "activation", "--gradient_theta2", "random"], "has no gradient branch"),
         (["--base", "BASE", "--mode", "finetune", "--omega", "random"], "omega=random has no effect"),
+        (
+            ["--base", "BASE", "--mode", "finetune", "--whiten", "true"],
+            "whiten=True have no effect with mode=finetune",
+        ),
         (["--base", "BASE", "--mode", "both"], "invalid choice: 'both'"),
         (["--base", "vae_encoder", "--image_size", "3"], "cannot take images"),
         (["--base", "BASE", "--evaluation_crops", "0"], "evaluation_crops=0"),

@@ -28,12 +28,12 @@ SETTINGS = {
 }
 
 
-def tiny_model(mode="full", dtype=torch.float32, class_names=DIGITS, theta2=1, seed=0, norm="batch"):
+def tiny_model(mode="full", dtype=torch.float32, class_names=DIGITS, theta2=1, seed=0, norm="batch", **settings):
     """Of a base with fresh weights, whose batch norm is folded."""
     base = tiny_resnet(seed, width=6, norm=norm, dtype=dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the classifier that it starts with
-        return build_gradient_features(base, theta2, class_names=class_names, mode=mode)
+        return build_gradient_features(base, theta2, class_names=class_names, mode=mode, **settings)
 
 
 def tiny_trainer(output_dir, model=None, sources=None, augmentation=NO_AUGMENTATION, callbacks=None, **config):
@@ -74,13 +74,13 @@ def several_label_source(**settings):
 # -- in processes of their own ---------------------------------------------------------------------
 
 
-def run(output_dir, resume=None, workers=0, mode="full", **config):
+def run(output_dir, resume=None, workers=0, mode="full", whiten=False, **config):
     """Train to step 12, augmented, with a checkpoint after each step; writes the hash of each step's batch."""
     torch.set_num_threads(1)
     saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "logging_strategy": "no"}
     loading = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": "fork" if workers else None}
     # A resumed run must not build on what its model came with.
-    model = tiny_model(mode, seed=1 if resume else 0)
+    model = tiny_model(mode, seed=1 if resume else 0, whiten=whiten)
     trainer = tiny_trainer(output_dir, model, augmentation=None, **(saving | loading | config))
     seen = {}
     step = trainer.method_step

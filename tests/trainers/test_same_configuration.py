@@ -33,6 +33,7 @@ def other_base():
 OTHERS = {
     "ntk='fan_out'.*'none'": lambda: gradient_features(ntk="none"),
     "ntk_head=True.*False": lambda: gradient_features(ntk_head=False),
+    "whiten=False.*True": lambda: gradient_features(whiten=True),
     "base_config.image_size=8.*9": lambda: gradient_features(other_base()),
     "id2label.0='0'.*'zero'": lambda: build_gradient_features(
         tiny_resnet(0, width=6), 1, class_names=["zero", *DIGITS[1:]]
