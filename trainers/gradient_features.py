@@ -238,8 +238,9 @@ class GradientFeaturesTrainer(CachedActivations):
         return torch.cat(features), torch.cat(labels)
 
     def _whiten(self, moments: InputMoments) -> None:
-        for name, root in self._backbone.whitening.named_buffers():
-            root.copy_(inverse_root(self.accelerator.reduce(moments.sums[name])))
+        """P of each layer out of what entered it; of one that is not called as a module, the identity remains."""
+        for name, total in moments.sums.items():
+            self._backbone.whitening.get_buffer(name).copy_(inverse_root(self.accelerator.reduce(total)))
 
     # -- optimizers --------------------------------------------------------------------------------------------------
 

@@ -73,8 +73,6 @@ def build_gradient_features(
             forward-mode derivative; names that match nothing or overlap; a gradient base of another architecture.
     """
     names = _checked_names(class_names)
-    if whiten and mode not in ("full", "gradient"):
-        raise InputError(f"whiten=True has no effect with mode={mode!r}, which has no gradients: leave it out")
     classifier = as_classifier(base)
     last = find_classifier(classifier)
     channels = getattr(classifier.config, "num_channels", 3)
@@ -99,6 +97,8 @@ def build_gradient_features(
     config.theta2 = select_theta2(_parameter_names(config), _wanted(classifier, theta2))
     with torch.random.fork_rng(devices=[]):
         model = HfkdGradientFeaturesForImageClassification(config)
+    if whiten and model.backbone.whitening is None:
+        raise InputError("whiten=True, but theta2 has no linear layer or ungrouped convolution: leave whiten out")
     model.to(dtype=pixels.dtype, device=pixels.device).eval()
     _copy_weights(classifier, model.backbone.base, config, pixels)
     if gradient_base is not None and model.backbone.gradient_base is not None:

@@ -34,7 +34,8 @@ class InputMoments:
     """In this context, what enters each of `layers` (by name) is summed up: convolutions and linear layers.
 
     Attributes:
-        sums: by name, sum of the outer products of the inputs' channels, (C, C) in float64.
+        sums: by name, sum of the outer products of the inputs' channels, (C, C) in float64; none of a layer that was
+            not called.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -44,7 +45,7 @@ class InputMoments:
 
     def __enter__(self) -> "InputMoments":
         for name, layer in self.layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(self._counting(name)))
+            self._hooks.append(layer.register_forward_pre_hook(self._counting(name), with_kwargs=True))
         return self
 
     def __exit__(
@@ -54,8 +55,9 @@ class InputMoments:
             hook.remove()
 
     def _counting(self, name: str) -> Any:
-        def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0].detach().float()
+        def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            (given,) = args or kwargs.values()
+            inputs = given.detach().float()
             rows = (inputs.movedim(1, -1) if isinstance(layer, nn.Conv2d) else inputs).flatten(0, -2)
             with torch.autocast(rows.device.type, enabled=False):
                 moment = (rows.T @ rows).double()

@@ -1,6 +1,5 @@
 """Saved folders are whole custom-code repos: they load without hfkd, and everyday tools work on them."""
 
-import ast
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_files import check_imports
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from transformers import (
@@ -196,16 +196,7 @@ def test_norm_variants_survive_saving(tmp_path, norm):
 
 
 def test_published_files_import_only_what_everyone_has(name):
-    allowed = set(sys.stdlib_module_names) | {"torch", "transformers"}
-    for file in code_files(classifier(name)):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, file.name
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert node.module.split(".")[0] in allowed, file.name
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 1, file.name
-                assert f"{node.module}.py" in CODE[name], file.name
+    check_imports(code_files(classifier(name)))
 
 
 def test_code_files_of_ours_of_stock_and_of_remote_models(tmp_path, name, remote_modules):

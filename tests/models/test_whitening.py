@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from hfkd.errors import InputError
-from hfkd.models import HfkdGradientFeaturesConfig, build_gradient_features
+from hfkd.models import build_gradient_features
 from hfkd.models.whitening import InputMoments, inverse_root
 
 
@@ -43,7 +43,7 @@ def test_moments_are_those_of_the_inputs_channels(layer):
     first, second = torch.randn(shape), torch.randn(shape)
     with InputMoments({"name": layer}) as moments:
         layer(first)
-        layer(second)
+        layer(input=second)
     layer(first)
     both = torch.cat([first, second])
     rows = both.permute(0, 2, 3, 1).reshape(-1, 3) if isinstance(layer, nn.Conv2d) else both.reshape(-1, 3)
@@ -97,7 +97,10 @@ def test_the_roots_are_saved(tmp_path):
 
 @pytest.mark.parametrize("mode", ["activation", "finetune"])
 def test_without_gradients_there_is_nothing_to_whiten(mode):
-    with pytest.raises(InputError, match="whiten=True has no effect with mode="):
+    with pytest.raises(ValueError, match="whiten=True has no effect with mode=.*: leave it out"):
         build_gradient_features(trained_looking("resnet"), class_names=NAMES, mode=mode, whiten=True)
-    with pytest.raises(ValueError, match="leave it out"):
-        HfkdGradientFeaturesConfig(mode=mode, whiten=True)
+
+
+def test_layers_without_anything_to_whiten():
+    with pytest.raises(InputError, match="theta2 has no linear layer or ungrouped convolution"):
+        build_gradient_features(trained_looking("resnet"), "*.bias", class_names=NAMES, whiten=True)

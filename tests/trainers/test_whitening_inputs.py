@@ -8,7 +8,7 @@ from processes import differences, in_a_process
 from tiny_runs import NO_AUGMENTATION, digit_sources, tiny_resnet
 
 from hfkd.models import build_gradient_features
-from hfkd.models.whitening import inverse_root
+from hfkd.models.whitening import InputMoments, inverse_root
 
 
 def roots(trainer):
@@ -54,6 +54,17 @@ def test_a_gradient_base_has_inputs_of_its_own(tmp_path):
     expected = expected_roots(trainer, model.backbone.gradient_base)
     for name, root in roots(trainer).items():
         torch.testing.assert_close(root, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_never_called_is_left_alone(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model(whiten=True))
+    layers = trainer.model.students[0].backbone.whitened_layers()
+    called, *others = layers
+    with InputMoments(layers) as moments:
+        layers[called](torch.randn(20, 6, 4, 4))
+    trainer._whiten(moments)
+    whitened = {name: not torch.equal(root, torch.eye(len(root))) for name, root in roots(trainer).items()}
+    assert whitened == {called: True, **dict.fromkeys(others, False)} and others
 
 
 def test_a_model_that_is_given_keeps_its_own(tmp_path):
